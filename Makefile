@@ -1,0 +1,46 @@
+# `make quickstart` and `make test` do everything on a fresh machine: environment, installation, the job.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+RUNS ?= runs
+
+.PHONY: quickstart test lint install install-dev clean
+
+# torch first and pinned: where a CPU build is at hand, pip takes it instead of gigabytes of CUDA.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	touch $@
+
+$(VENV)/.train: pyproject.toml $(VENV)/.torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[train,report]"
+	touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.train
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[train,report,data,dev]"
+	touch $@
+
+install: $(VENV)/.train
+
+install-dev: $(VENV)/.dev
+
+# A base flow on 22 MB of English, its flow map, and a page about both: about 15 minutes on 2 cores.
+quickstart: install
+	$(BIN)/catmaps train quickstart --out $(RUNS)/quickstart-base
+	$(BIN)/catmaps distill --from $(RUNS)/quickstart-base --preset quickstart --out $(RUNS)/quickstart-map
+	$(BIN)/catmaps report $(RUNS)/quickstart-map --num 256 --windows 256
+
+lint: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+	bash tests/end_to_end.sh $(BIN)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,109 @@
+"""The command line: `catmaps COMMAND ...`. Results go to stdout (one JSON object with --json), the rest to stderr.
+
+A user's error is one line on stderr and exit status 2; a training stopped by a signal has saved and exits with 130 or 143.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from catmaps.errors import UserError
+
+
+class Command(Protocol):
+    """A dataclass of a command's arguments."""
+
+    json: bool
+
+    def run(self) -> dict[str, Any]:
+        """Does it, printing for people (on stderr with --json), and returns what --json prints."""
+        ...
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a command lives; modules are imported when their command is called."""
+
+    summary: str
+    module: str
+
+
+COMMANDS = {
+    "train": Entry("train a base flow: catmaps train PRESET --out DIR [--part.field value]", "train"),
+    "distill": Entry("turn a base into a flow map: catmaps distill --from RUN --out DIR", "train"),
+    "sample": Entry("write texts: catmaps sample RUN --steps 4 --num 8", "sample"),
+    "score": Entry("bound the likelihood of text: catmaps score RUN FILE | --split test", "score"),
+    "report": Entry("one HTML page about a run: catmaps report RUN", "report"),
+    "info": Entry("what a run is: catmaps info RUN", "info"),
+    "data": Entry("token shards from your text: catmaps data build PATH... --out DIR", "data"),
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<9}{entry.summary}" for name, entry in COMMANDS.items()]
+    return "usage: catmaps COMMAND ...\n\n" + "\n".join(lines) + "\n\n`catmaps COMMAND --help` lists its options.\n"
+
+
+def parse(kind: type[Any], args: list[str], prog: str, default: Any = None) -> Any:
+    """Reads a command's dataclass from arguments; a mistake becomes a one-line UserError."""
+    import tyro
+
+    options = {} if default is None else {"default": default}
+    errors, out = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(out):
+            return tyro.cli(kind, args=args, prog=prog, **options)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            sys.stdout.write(out.getvalue())
+            raise
+        words = re.sub(r"[╭╮╰╯│─━]+|-{5,}", " ", errors.getvalue() + out.getvalue())
+        line = " ".join(words.split()).removeprefix("Parsing error ").removeprefix("Unrecognized options ")
+        raise UserError(f"{line.split(' For full helptext')[0]}; see `{prog} --help`") from None
+    except ValueError as error:  # a dataclass refused a value
+        raise UserError(str(error)) from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        sys.stdout.write(usage())
+        return 0
+    if args[0] == "--version":
+        from catmaps import __version__
+
+        sys.stdout.write(f"catmaps {__version__}\n")
+        return 0
+    try:
+        return run(args[0], args[1:])
+    except UserError as error:
+        sys.stderr.write(f"catmaps: {' '.join(str(error).split())}\n")
+        return 2
+    except BrokenPipeError:
+        # The reader (head, less) has left: nothing is wrong. Keep the interpreter's last flush from complaining.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def run(name: str, args: list[str]) -> int:
+    if name not in COMMANDS:
+        raise UserError(f"no command {name}; there are {', '.join(COMMANDS)}")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch|olmo_core")
+    module = importlib.import_module(f"catmaps.commands.{COMMANDS[name].module}")
+    read: Callable[[str, list[str]], Command] = module.read
+    command = read(name, args)
+    to = sys.stderr if command.json else sys.stdout
+    with contextlib.redirect_stdout(to):
+        result = command.run()
+    if command.json:
+        sys.stdout.write(json.dumps(result) + "\n")
+    return int(result.pop("exit_status", 0))

@@ -1,0 +1,1 @@
+"""One module a command: a dataclass of its arguments with `run`, and `read`, which parses it."""

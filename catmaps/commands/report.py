@@ -1,0 +1,69 @@
+"""`catmaps report`."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from catmaps.cli import parse
+
+
+@dataclass(frozen=True)
+class Report:
+    """Measure a run and write one self-contained page: curves, bound, samples, their quality, a trajectory."""
+
+    run_: tyro.conf.Positional[Path]
+    """Folder of a run."""
+    out: Path | None = None
+    """File to write; default: report.html in the run's folder."""
+    num: int = 512
+    """Samples per number of calls."""
+    windows: int = 512
+    """Windows of test text for the bound."""
+    calls: tuple[int, ...] = (1, 2, 4, 8, 64)
+    """Numbers of network calls."""
+    base: Path | None = None
+    """A map's base, for comparison; default: the one it was distilled from, if it is still there."""
+    json: bool = False
+    """One JSON object on stdout, the rest on stderr."""
+
+    def run(self) -> dict[str, Any]:
+        from dataclasses import asdict
+
+        from rich.console import Console
+
+        from catmaps.errors import UserError
+        from catmaps.evaluation.collect import collect
+        from catmaps.evaluation.quality import quality_table
+        from catmaps.evaluation.report import write_report
+        from catmaps.model import load_run
+        from catmaps.training.train import cache_folder, find_shards
+
+        if not self.calls or min(self.calls) < 1 or self.num < 1 or self.windows < 2:
+            raise UserError("--calls and --num must be at least 1, --windows at least 2")
+        run = load_run(self.run_)
+        origin = self.base or (Path(run.config.base) if run.config.base else None)
+        base = load_run(origin) if origin is not None and (self.base is not None or origin.exists()) else None
+        shards = find_shards(run.config)
+        data, bound = collect(
+            run, base, shards, cache_folder(), num=self.num, windows=self.windows, calls=self.calls
+        )
+        out = self.out or self.run_ / "report.html"
+        write_report(out, data)
+        rows = {f"{row.series}, {row.calls} calls": row.quality for row in data.rows}
+        # The console is made here: stdout may be redirected while the command runs.
+        Console(width=max(100, Console().width)).print(quality_table({**rows, **data.controls}, data.reference))
+        per_char = bound.nats / math.log(2) / bound.characters
+        print(f"test NELBO {per_char:.4f} bits/char (upper bound); report: {out}")
+        return {
+            "run": str(self.run_),
+            "report": str(out),
+            "bound": bound.as_dict(),
+            "quality": {name: asdict(row) for name, row in {**rows, **data.controls}.items()},
+        }
+
+
+def read(name: str, args: list[str]) -> Report:
+    return parse(Report, args, f"catmaps {name}")

@@ -1,0 +1,153 @@
+"""`catmaps train` and `catmaps distill`: the same code."""
+
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from catmaps.cli import parse
+from catmaps.config import Config
+from catmaps.errors import UserError
+from catmaps.model import read_config
+from catmaps.presets import DISTILLATIONS, PRESETS
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a run's folder. Every field of the configuration is an option; --resume takes none."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+    out: Path | None = None
+    """Folder of the new run; by default runs/PRESET."""
+    json: bool = False
+    """One JSON object on stdout, the rest on stderr."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Continue a run from its last checkpoint."""
+
+    resume: Path
+    """Folder of the run."""
+    json: bool = False
+    """One JSON object on stdout, the rest on stderr."""
+
+    def run(self) -> dict[str, Any]:
+        config = read_config(self.resume)
+        return _train(self.resume, config)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A new run, ready to begin."""
+
+    config: Config
+    out: Path
+    json: bool
+
+    def run(self) -> dict[str, Any]:
+        from catmaps.training.train import start
+
+        if int(os.environ.get("RANK", "0")) == 0:
+            start(self.config, self.out)
+        else:
+            _wait_for(self.out)
+        return _train(self.out, self.config)
+
+
+@dataclass(frozen=True)
+class From:
+    """Arguments of `catmaps distill` that come before its configuration."""
+
+    from_: Annotated[Path, tyro.conf.arg(name="from")]
+    """The base run to distil."""
+    preset: str = "distill"
+    """distill, or quickstart for a shorter one."""
+
+
+def read(name: str, args: list[str]) -> Resume | Start:
+    """Parses either command; the preset, or the base's configuration, supplies the defaults."""
+    prog = f"catmaps {name}"
+    if any(arg == "--resume" or arg.startswith("--resume=") for arg in args):
+        return parse(Resume, args, prog)
+    if name == "train":
+        return _read_train(args, prog)
+    return _read_distill(args, prog)
+
+
+def _read_train(args: list[str], prog: str) -> Start:
+    if args and args[0] in ("-h", "--help"):
+        args = ["small", "--help"]
+    if not args or args[0].startswith("-"):
+        raise UserError(f"which preset? `{prog} PRESET`, with one of {', '.join(PRESETS)}")
+    preset, rest = args[0], args[1:]
+    if preset not in PRESETS:
+        raise UserError(f"no preset {preset}; there are {', '.join(PRESETS)}")
+    default = Train(config=replace(PRESETS[preset](), preset=preset))
+    command: Train = parse(Train, rest, f"{prog} {preset}", default)
+    return Start(command.config, command.out or Path("runs") / preset, command.json)
+
+
+def _read_distill(args: list[str], prog: str) -> Start:
+    source, rest = _take(args, "--from")
+    preset, rest = _take(rest, "--preset")
+    if source is None:
+        if any(arg in ("-h", "--help") for arg in args):
+            sys.stdout.write(f"usage: {prog} --from RUN [--preset {'|'.join(DISTILLATIONS)}] [options]\n\n")
+            default = Train(config=DISTILLATIONS["distill"](Config()))
+            return parse(Train, ["--help"], f"{prog} --from RUN", default)
+        raise UserError(f"which base? `{prog} --from RUN`")
+    if (preset or "distill") not in DISTILLATIONS:
+        raise UserError(f"no distillation preset {preset}; there are {', '.join(DISTILLATIONS)}")
+    base = read_config(Path(source))
+    config = replace(DISTILLATIONS[preset or "distill"](base), base=source, preset=preset or "distill")
+    command: Train = parse(Train, rest, f"{prog} --from {source}", Train(config=config))
+    if command.config.network != base.network or command.config.data.tokenizer != base.data.tokenizer:
+        raise UserError("a distilled map keeps its base's network and tokenizer; leave those options out")
+    default_out = Path(source).with_name(Path(source).name + "-map")
+    return Start(command.config, command.out or default_out, command.json)
+
+
+def _take(args: list[str], option: str) -> tuple[str | None, list[str]]:
+    """Takes `option VALUE` or `option=VALUE` out of the arguments."""
+    for i, arg in enumerate(args):
+        if arg == option:
+            if i + 1 == len(args):
+                raise UserError(f"{option} needs a value")
+            return args[i + 1], args[:i] + args[i + 2 :]
+        if arg.startswith(option + "="):
+            return arg.removeprefix(option + "="), args[:i] + args[i + 1 :]
+    return None, args
+
+
+def _wait_for(folder: Path) -> None:
+    """Other processes of a torchrun wait until the first has made the folder."""
+    import time
+
+    for _ in range(600):
+        if (folder / "config.json").exists():
+            return
+        time.sleep(0.5)
+    raise UserError(f"process 0 made no {folder} within five minutes")
+
+
+def _train(folder: Path, config: Config) -> dict[str, Any]:
+    from catmaps.training.train import train
+
+    outcome = train(folder)
+    kind = "map" if config.objective.off_diagonal else "base"
+    if outcome.complete:
+        print(f"{kind} trained: {folder} ({outcome.step} steps). Next: catmaps sample {folder}")
+    else:
+        print(f"stopped at step {outcome.step} of {outcome.steps}, saved. Continue: catmaps train --resume {folder}")
+    status = 0 if outcome.complete else 143 if "SIGTERM" in (outcome.stopped_by or "") else 130
+    return {
+        "run": str(folder),
+        "step": outcome.step,
+        "steps": outcome.steps,
+        "complete": outcome.complete,
+        "exit_status": status,
+    }

@@ -1,0 +1,137 @@
+"""The configuration of a run: frozen dataclasses, one JSON file in the run's folder, nothing else.
+
+On the command line every field is `--part.field value`. Named configurations are functions in `presets.py`.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from catmaps.errors import UserError
+from catmaps.flow.objective import ObjectiveConfig
+from catmaps.network.denoiser import NetworkConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read."""
+
+    shards: str | None = None
+    """Directory of token shards (`catmaps data build`); None: the embedded public-domain corpus."""
+    tokenizer: str = "text8"
+    """Tokenizer of the embedded corpus: text8 (27 symbols), bytes, bpe:4096, or a tokenizer.json. Own shards bring theirs."""
+    length: int = 128
+    """Tokens per sequence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClockConfig:
+    """The law of time."""
+
+    law: Literal["warp", "uniform", "logit_normal"] = "warp"
+    """0.9 decoding-error warp + 0.1 uniform; uniform; logit-normal(-0.4, 1)."""
+    adaptive: bool = True
+    """Move to the information-uniform law as its histogram fills."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimiserConfig:
+    """AdamW, or Muon for the blocks' matrices and AdamW for the rest; warm-up, stable, linear decay to zero."""
+
+    name: Literal["adamw", "muon"] = "muon"
+    lr: float = 3e-3
+    """AdamW's learning rate."""
+    muon_lr: float = 0.02
+    beta1: float = 0.9
+    beta2: float = 0.98
+    weight_decay: float = 0.01
+    warmup: int = 100
+    """Steps of linear warm-up."""
+    decay: float = 0.4
+    """Share of the steps, at the end, over which the rate falls linearly to zero."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    ema: float = 0.995
+    """Decay of the weights' moving average, which is what is saved, sampled and scored."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.muon_lr <= 0 or self.clip <= 0:
+            raise ValueError("optimiser.lr, optimiser.muon_lr and optimiser.clip must be positive")
+        if not 0 <= self.decay <= 1 or not 0 <= self.ema < 1 or self.warmup < 0:
+            raise ValueError("optimiser: decay must lie in [0, 1], ema in [0, 1), warmup must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long and how."""
+
+    steps: int = 1000
+    batch: int = 64
+    """Sequences per step, over all processes."""
+    micro_batch: int = 64
+    """Sequences per forward and backward pass of one process."""
+    seed: int = 0
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of matrix products; weights, softmax and losses are fp32."""
+    compile: bool = True
+    """Compile the blocks (about half a minute at the start)."""
+    threads: int | None = None
+    """CPU threads of a process; None: torch's choice."""
+    save_every: int = 500
+    log_every: int = 10
+    evaluate_every: int = 500
+    """Steps between two likelihood bounds on the validation split; 0: never."""
+    evaluate_sequences: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "micro_batch", "save_every", "log_every", "evaluate_sequences"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training.{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All of a run."""
+
+    preset: str = ""
+    base: str | None = None
+    """The run it was distilled from; None: trained from scratch."""
+    data: DataConfig = field(default_factory=DataConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    clock: ClockConfig = field(default_factory=ClockConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+T = TypeVar("T")
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str, where: str) -> Config:
+    """Reads a configuration back, strictly: unknown and missing fields are named.
+
+    Raises:
+        UserError: Not JSON, or fields that this version does not know; `where` is the file's name.
+    """
+    try:
+        return _build(Config, json.loads(text), "")
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where} is not a configuration of this version of catmaps: {error}") from error
+
+
+def _build(kind: type[T], values: Any, prefix: str) -> T:
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix or 'the file'} is not an object")
+    types = get_type_hints(kind)
+    names = {f.name for f in fields(kind)}  # pyright: ignore[reportArgumentType]
+    if unknown := sorted(set(values) - names):
+        raise ValueError(f"unknown field {prefix}{unknown[0]}")
+    parts = {
+        name: _build(types[name], value, f"{prefix}{name}.") if is_dataclass(types[name]) else value
+        for name, value in values.items()
+    }
+    return kind(**parts)

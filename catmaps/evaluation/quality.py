@@ -1,0 +1,295 @@
+"""Quality of sampled text: one row of figures per set of samples, control rows, and a verdict against a base.
+
+Three questions are asked. *Is it like the training text?* Forward bits: cross-entropy of the samples under an
+n-gram model of the training text. *Does it cover the language?* Reverse bits: cross-entropy of held-out text
+under an n-gram model fitted to the samples, which a model that keeps writing the same good sentence fails.
+*Does one text repeat itself?* Token entropy and distinct-2 of single texts. No figure means much alone: a
+Markov chain of the training text has better forward bits than real text.
+
+Real text gets the treatment of the samples: cut at random to the model's sequence length, then joined alike.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+
+import numpy as np
+from rich.markup import escape
+from rich.table import Table
+
+from catmaps.errors import UserError
+from catmaps.evaluation.judge import Judge
+from catmaps.evaluation.ngram import NGramModel, markov_text
+from catmaps.text.metrics import (
+    mean_distinct_ngrams,
+    mean_letter_entropy,
+    mean_repetition_rate,
+    mean_token_entropy,
+    pooled_compression_ratio,
+    pooled_letter_entropy,
+    pooled_valid_word_rate,
+)
+
+CONTROL_CONTEXTS = {"i.i.d. letters": 0, "trigram chain": 2, "order-5 Markov chain": 5}
+HELDOUT = "held-out text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """Figures of one set of samples. Bits are per character; entropies are in nats.
+
+    Measured on the samples as they are:
+        forward_bits, forward_stderr: Cross-entropy under the training text's n-gram model, and its standard
+            error over samples.
+        reverse_bits, reverse_chars: Cross-entropy of held-out text under a model fitted to the first
+            `reverse_chars` characters of the samples. It falls with their number: compare only rows where
+            that is equal.
+        valid_word_rate: Share of words that occur in the training text.
+        zlib_ratio: Compressed / raw size of all samples together.
+        letter_entropy_pooled: Of all characters together.
+        num_samples, num_chars: How many samples, and characters in them.
+    Averages over joined texts (`join_texts`), of `text_chars` characters in the mean:
+        token_entropy, token_entropy_stderr: Of the retokenised ids of one text.
+        distinct_2, distinct_2_stderr: Different word pairs / word pairs of one text.
+        letter_entropy: Of the characters of one text.
+        repetition_rate: Share of words that occur among the 16 words before.
+        num_texts: How many joined texts.
+    """
+
+    forward_bits: float
+    forward_stderr: float
+    reverse_bits: float
+    reverse_chars: int
+    valid_word_rate: float
+    zlib_ratio: float
+    letter_entropy_pooled: float
+    num_samples: int
+    num_chars: int
+    token_entropy: float
+    token_entropy_stderr: float
+    distinct_2: float
+    distinct_2_stderr: float
+    letter_entropy: float
+    repetition_rate: float
+    num_texts: int
+    text_chars: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bars:
+    """What a few-step model must reach: ratios of its bits to the base's, and nearness to real text.
+
+    Attributes:
+        forward: Largest forward bits / base's forward bits.
+        reverse: Largest reverse bits / base's reverse bits.
+        diversity: Largest relative difference, up or down, of token entropy and distinct-2 from the
+            reference's.
+    """
+
+    forward: float = 1.0
+    reverse: float = 1.0
+    diversity: float = 0.03
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Ratios to the base (bits) and to the reference (the other two), and whether each meets its bar."""
+
+    forward_ratio: float
+    reverse_ratio: float
+    token_entropy_ratio: float
+    distinct_2_ratio: float
+    forward_ok: bool
+    reverse_ok: bool
+    token_entropy_ok: bool
+    distinct_2_ok: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether every bar is met."""
+        return self.forward_ok and self.reverse_ok and self.token_entropy_ok and self.distinct_2_ok
+
+
+def join_texts(samples: Sequence[str], min_chars: int) -> list[str]:
+    """Join consecutive samples by spaces until each text has at least `min_chars` characters.
+
+    Samples that are long enough stay as they are. A last text that stays too short is left out, so that all
+    texts have about one length (token entropy and distinct-2 depend on it).
+
+    Raises:
+        UserError: If all samples together are too short for one text.
+    """
+    texts, parts, size = [], [], 0
+    for sample in samples:
+        size += len(sample) + (1 if parts else 0)
+        parts.append(sample)
+        if size >= min_chars:
+            texts.append(" ".join(parts))
+            parts, size = [], 0
+    if not texts:
+        raise UserError(f"the samples make no text of {min_chars:,} characters: draw more of them")
+    return texts
+
+
+def draw_chunks(text: str, length: int, num: int, rng: np.random.Generator) -> list[str]:
+    """Cut `num` chunks of `length` characters out of a text at random places.
+
+    The text is cut from a random offset into consecutive chunks, which are shuffled; a new pass with a new
+    offset begins when they are used up. So chunks overlap only where more text is asked for than there is.
+
+    Raises:
+        UserError: If the text is shorter than one chunk.
+    """
+    if not 1 <= length <= len(text):
+        raise UserError(f"cannot cut chunks of {length:,} characters out of a text of {len(text):,}")
+    chunks: list[str] = []
+    while len(chunks) < num:
+        start = int(rng.integers(min(length, len(text) - length + 1)))
+        cut = [text[i : i + length] for i in range(start, len(text) - length + 1, length)]
+        chunks += [cut[i] for i in rng.permutation(len(cut))]
+    return chunks[:num]
+
+
+def quality(samples: Sequence[str], judge: Judge) -> Quality:
+    """Measure samples, all of one length, in the alphabet of the judge.
+
+    Raises:
+        UserError: If the samples are too few for one text of the judge's `min_chars`, or hold other
+            characters.
+    """
+    texts = join_texts(samples, judge.config.min_chars)
+    symbols = judge.symbols(samples)
+    forward = judge.forward.bits_per_char(symbols)
+    reverse_bits, reverse_chars = _reverse(symbols, judge)
+    tokens = mean_token_entropy(texts, judge.retokenizer)
+    distinct = mean_distinct_ngrams(texts, 2)
+    return Quality(
+        forward_bits=forward.mean,
+        forward_stderr=forward.stderr,
+        reverse_bits=reverse_bits,
+        reverse_chars=reverse_chars,
+        valid_word_rate=pooled_valid_word_rate(samples, judge.words),
+        zlib_ratio=pooled_compression_ratio(samples),
+        letter_entropy_pooled=pooled_letter_entropy(samples),
+        num_samples=len(samples),
+        num_chars=sum(map(len, samples)),
+        token_entropy=tokens.mean,
+        token_entropy_stderr=tokens.stderr,
+        distinct_2=distinct.mean,
+        distinct_2_stderr=distinct.stderr,
+        letter_entropy=mean_letter_entropy(texts).mean,
+        repetition_rate=mean_repetition_rate(texts).mean,
+        num_texts=len(texts),
+        text_chars=sum(map(len, texts)) / len(texts),
+    )
+
+
+def heldout_quality(judge: Judge, length: int, num: int, rng: np.random.Generator) -> Quality:
+    """Quality of real text in the form of samples: the reference for models of that sequence length."""
+    return quality(draw_chunks(judge.drawn, length, num, rng), judge)
+
+
+def control_rows(judge: Judge, length: int, num: int, rng: np.random.Generator) -> dict[str, Quality]:
+    """Quality of texts of known worth: independent letters, Markov chains of the training text, real text.
+
+    Chains whose context the judge's forward model does not reach are left out.
+
+    Args:
+        judge: Its forward model holds the counts of the chains, its `drawn` text is the real one.
+        length: Characters per sample: the model's sequence length.
+        num: Number of samples per row: as many as of the model.
+        rng: Source of randomness.
+
+    Returns:
+        Rows by name, real text last.
+    """
+    rows = {}
+    for name, context in CONTROL_CONTEXTS.items():
+        if context < judge.forward.order:
+            chain = markov_text(judge.forward, context, (num, length), rng)
+            rows[name] = quality([judge.text(row) for row in chain], judge)
+    rows[HELDOUT] = heldout_quality(judge, length, num, rng)
+    return rows
+
+
+def verdict(quality: Quality, base: Quality, reference: Quality, bars: Bars | None = None) -> Verdict:
+    """Hold a few-step model's figures against its base's bits and real text's diversity.
+
+    Raises:
+        UserError: If the two reverse models were fitted to different numbers of characters (by more than 2%):
+            reverse bits would then compare the numbers.
+    """
+    bars = bars or Bars()
+    if abs(quality.reverse_chars - base.reverse_chars) > 0.02 * base.reverse_chars:
+        raise UserError(
+            f"reverse bits of {quality.reverse_chars:,} and {base.reverse_chars:,} characters do not "
+            "compare: draw equally many samples"
+        )
+    forward, reverse = quality.forward_bits / base.forward_bits, quality.reverse_bits / base.reverse_bits
+    tokens = quality.token_entropy / reference.token_entropy
+    distinct = quality.distinct_2 / reference.distinct_2
+    return Verdict(
+        forward_ratio=forward,
+        reverse_ratio=reverse,
+        token_entropy_ratio=tokens,
+        distinct_2_ratio=distinct,
+        forward_ok=forward <= bars.forward,
+        reverse_ok=reverse <= bars.reverse,
+        token_entropy_ok=abs(tokens - 1) <= bars.diversity,
+        distinct_2_ok=abs(distinct - 1) <= bars.diversity,
+    )
+
+
+def quality_table(rows: dict[str, Quality], reference: Quality | None = None) -> Table:
+    """A table of the rows; a reference comes last, and differences from it stand beside diversity."""
+    table = Table(title="Sample quality (bits per character; entropies in nats)")
+    table.add_column("samples")
+    for header in ("forward bits", "reverse bits", "token entropy", "distinct-2", "letter entropy"):
+        table.add_column(header, justify="right")
+    for header in ("valid words", "repetition", "zlib", "texts x chars"):
+        table.add_column(header, justify="right")
+    for name, row in rows.items():
+        table.add_row(escape(name), *_cells(row, reference))
+    if reference is not None:
+        table.add_section()
+        table.add_row("reference", *_cells(reference, None))
+    return table
+
+
+def to_json(rows: dict[str, Quality]) -> str:
+    """The rows as JSON: name -> figures; a figure that is not a number is null."""
+    record = {name: {key: _finite(value) for key, value in asdict(row).items()} for name, row in rows.items()}
+    return json.dumps(record, indent=2, allow_nan=False)
+
+
+def _reverse(symbols: Sequence[np.ndarray], judge: Judge) -> tuple[float, int]:
+    """Bits per character of held-out text under a model of the samples, and the characters fitted to."""
+    ends = list(accumulate(len(sample) for sample in symbols))
+    used, limit = [], judge.config.reverse_chars
+    for sample, end in zip(symbols, ends, strict=True):
+        used.append(sample[: max(0, limit - (end - len(sample)))])
+    model = NGramModel.fit(used, judge.config.reverse_order, judge.config.num_symbols)
+    return model.bits_per_char(judge.symbols(judge.scored)).mean, min(ends[-1], limit)
+
+
+def _cells(row: Quality, reference: Quality | None) -> list[str]:
+    def beside(value: float, real: float | None) -> str:
+        return f"{value:.3f}" if real is None else f"{value:.3f} ({100 * (value / real - 1):+.1f}%)"
+
+    return [
+        f"{row.forward_bits:.3f} ± {row.forward_stderr:.3f}",
+        f"{row.reverse_bits:.3f}",
+        beside(row.token_entropy, reference and reference.token_entropy),
+        beside(row.distinct_2, reference and reference.distinct_2),
+        f"{row.letter_entropy:.3f}",
+        f"{100 * row.valid_word_rate:.1f}%",
+        f"{100 * row.repetition_rate:.1f}%",
+        f"{row.zlib_ratio:.3f}",
+        f"{row.num_texts:,} x {row.text_chars:,.0f}",
+    ]
+
+
+def _finite(value: int | float) -> int | float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,158 @@
+"""What a batch does: which sequence gets which loss, at which times, with which positions clean.
+
+A batch is planned as a whole from explicit generators, by global sample index, so that any division into processes and
+micro-batches sees the same draws. Base training is the plan without off-diagonal rows; joint training and distillation
+differ in the mixture and in the teacher alone.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from catmaps.flow.flow_map import FlowMap
+from catmaps.flow.interpolant import State, interpolate
+from catmaps.flow.losses import OFF_DIAGONAL, TokenLoss, anchor, endpoint_cross_entropy, soft_cross_entropy
+from catmaps.flow.times import Law, Pair, pairs, stratified
+
+DIAGONAL, OFF_DIAGONAL_ROW, ANCHOR = 0, 1, 2
+GOLDEN = 0.6180339887498949  # multiples of it modulo 1 spread evenly over every stride: each process gets its share
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """The mixture of losses."""
+
+    loss: Literal["psd", "lsd", "esd", "ecld"] = "psd"
+    """Off-diagonal loss."""
+    off_diagonal: float = 0.0
+    """Share of sequences with s < t, anchors included; 0 trains a base."""
+    anchor: float = 0.25
+    """Share of the off-diagonal sequences that tie small gaps to the frozen base."""
+    anchor_gap: float = 1 / 64
+    """Largest gap of an anchor, in units of the clock."""
+    boundary: float = 0.25
+    """Share of the other off-diagonal sequences with (s, t) = (0, 1)."""
+    clean: float = 0.25
+    """Share of sequences with a clean prefix or span, for prompts and conditional scores."""
+
+    def __post_init__(self) -> None:
+        for name in ("off_diagonal", "anchor", "anchor_gap", "boundary", "clean"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"objective.{name} must lie in [0, 1], not {getattr(self, name)}")
+
+
+class Plan(NamedTuple):
+    """The draws of a batch: row i of each belongs to sequence i."""
+
+    role: Int[Tensor, "b"]
+    """DIAGONAL, OFF_DIAGONAL_ROW or ANCHOR."""
+    times: Pair
+    """(B, 1) each; s = u = t on the diagonal."""
+    known: Bool[Tensor, "b l"]
+    """Clean positions, which carry no loss."""
+
+    def rows(self, index: Tensor) -> "Plan":
+        s, u, t = self.times
+        return Plan(self.role[index], Pair(s[index], u[index], t[index]), self.known[index])
+
+
+def plan(config: ObjectiveConfig, law: Law, batch: int, length: int, generator: torch.Generator) -> Plan:
+    """Draws roles, times (stratified over the batch) and clean positions for a global batch."""
+    place = (torch.arange(batch, dtype=torch.float64) + 0.5) * GOLDEN % 1
+    off = place < config.off_diagonal
+    anchored = place < config.off_diagonal * config.anchor
+    role = off.long() + anchored.long()
+    t = law.quantile(stratified(batch, generator))[:, None]
+    gap, start, boundary = (stratified(batch, generator) for _ in range(3))
+    gap = torch.where(anchored, gap * config.anchor_gap, gap)
+    boundary = torch.where(anchored, torch.ones_like(boundary), boundary)
+    pair = pairs(law, gap, start, boundary, config.boundary)
+    times = Pair(*(torch.where(off[:, None], p, t) for p in pair))
+    return Plan(role, times, clean_positions(batch, length, config.clean, generator))
+
+
+def clean_positions(batch: int, length: int, share: float, generator: torch.Generator) -> Bool[Tensor, "{batch} l"]:
+    """In a share of the sequences a prefix (half of them) or a span is clean; at least one position stays noisy."""
+    chosen, prefix, a, b = (torch.rand(batch, 1, generator=generator) for _ in range(4))
+    low, high = torch.minimum(a, b) * length, torch.maximum(a, b) * length
+    low = torch.where(prefix < 0.5, torch.zeros_like(low), low)
+    position = torch.arange(length)
+    known = (chosen < share) & (position >= low.floor()) & (position < high.floor())
+    return known & ~known.all(1, keepdim=True)
+
+
+class BatchLoss(NamedTuple):
+    """The loss of some rows of a batch; `parts` are the detached sums of values and of their positions by role."""
+
+    total: Float[Tensor, ""]
+    squared_error: Float[Tensor, "n"]
+    """Mean over each diagonal row's noisy positions of ||e - mu||^2; empty when the target is a teacher's."""
+    diagonal_times: Float[Tensor, "n"]
+    sums: Float[Tensor, "3"]
+    counts: Float[Tensor, "3"]
+
+
+def batch_loss(
+    flow_map: FlowMap,
+    teacher: FlowMap | None,
+    config: ObjectiveConfig,
+    tokens: Int[Tensor, "b l"],
+    noise: Float[Tensor, "b l v"],
+    plan: Plan,
+    normaliser: float,
+) -> BatchLoss:
+    """The weighted loss of these rows: sum over noisy positions / `normaliser` (noisy positions of the global batch).
+
+    Args:
+        flow_map: The map in training.
+        teacher: The frozen base, target of diagonal rows and anchors and supplier of diagonal posteriors; None trains
+            from the tokens and teaches itself.
+        config: Its off-diagonal loss is used.
+        tokens: (B, L).
+        noise: x_0, (B, L, V).
+        plan: Draws of these rows.
+        normaliser: Positive.
+    """
+    weight = (~plan.known).float() / normaliser
+    s, u, t = (torch.where(plan.known, 1.0, time) if bool(plan.known.any()) else time for time in plan.times)
+    zero = torch.zeros((), device=tokens.device)
+    total, sums, counts = zero, [zero] * 3, [zero] * 3
+    errors, at = zero.new_empty(0), zero.new_empty(0)
+    for role in (DIAGONAL, OFF_DIAGONAL_ROW, ANCHOR):
+        rows = (plan.role == role).nonzero()[:, 0]
+        if len(rows) == 0:
+            continue
+        state = interpolate(tokens[rows], noise[rows], s[rows])
+        times, w = Pair(s[rows], u[rows], t[rows]), weight[rows]
+        loss = _role_loss(role, flow_map, teacher, config, state, times, tokens[rows], w)
+        noisy = w > 0
+        total = total + loss.total
+        sums[role] = torch.where(noisy, loss.values, 0.0).sum()
+        counts[role] = noisy.sum().float()
+        if loss.squared_error is not None:
+            errors = (loss.squared_error * noisy).sum(1) / noisy.sum(1)
+            at = plan.times.t[rows, 0]
+    return BatchLoss(total, errors, at, torch.stack(sums), torch.stack(counts))
+
+
+def _role_loss(
+    role: int,
+    flow_map: FlowMap,
+    teacher: FlowMap | None,
+    config: ObjectiveConfig,
+    state: State,
+    times: Pair,
+    tokens: Tensor,
+    weight: Tensor,
+) -> TokenLoss:
+    guide = flow_map if teacher is None else teacher
+    if role == ANCHOR:
+        return anchor(flow_map, guide, state, times, weight)
+    if role == OFF_DIAGONAL_ROW:
+        return OFF_DIAGONAL[config.loss](flow_map, guide, state, times, weight)
+    if teacher is None:
+        return endpoint_cross_entropy(flow_map, state, times.t, tokens, weight)
+    return soft_cross_entropy(flow_map, teacher, state, times.t, weight)

@@ -1,0 +1,127 @@
+"""Puts a denoiser together from its parts, and reads and writes the folder of a run.
+
+A run's folder holds config.json, tokenizer.json, model.safetensors (moving average of the weights), clock.safetensors
+(the law of time it trained with), manifest.json (of its data), metrics.jsonl, and checkpoints/, which only
+`--resume` reads. A distilled run also keeps teacher.safetensors, so that it can be resumed wherever it is moved to.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from catmaps.config import ClockConfig, Config, from_json
+from catmaps.errors import UserError
+from catmaps.flow import times
+from catmaps.flow.evidence import OffDiagonalGain, TimeFeatures
+from catmaps.flow.flow_map import FlowMap
+from catmaps.flow.times import Law
+from catmaps.network.denoiser import FlowNetwork, NetworkConfig
+from catmaps.text.tokenizers import Tokenizer
+from catmaps.text.tokenizers import load as load_tokenizer
+
+CONFIG, MODEL, CLOCK, TEACHER = "config.json", "model.safetensors", "clock.safetensors", "teacher.safetensors"
+METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
+PRECISION = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def build_network(config: NetworkConfig, log_prior: Float[Tensor, "v"]) -> FlowNetwork:
+    """A fresh network; its time features run on the decoding-error warp of its vocabulary."""
+    features = TimeFeatures(times.warp(len(log_prior)))
+    return FlowNetwork(config, features, (OffDiagonalGain(), OffDiagonalGain()), log_prior)
+
+
+def starting_law(config: ClockConfig, vocab_size: int) -> Law:
+    """The law of time before any adaptation."""
+    if config.law == "uniform":
+        return times.uniform()
+    return times.logit_normal() if config.law == "logit_normal" else times.warp(vocab_size)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model, read from its folder."""
+
+    path: Path
+    config: Config
+    network: FlowNetwork
+    tokenizer: Tokenizer
+    law: Law
+
+    @property
+    def flow_map(self) -> FlowMap:
+        return FlowMap(self.network)
+
+    @property
+    def is_map(self) -> bool:
+        """Whether it was trained off the diagonal: a flow map rather than a base."""
+        return self.config.objective.off_diagonal > 0
+
+
+def read_config(path: Path) -> Config:
+    """The configuration of a run's folder.
+
+    Raises:
+        UserError: No such folder, or not a run.
+    """
+    file = path / CONFIG
+    if not file.is_file():
+        what = "is not a run (no config.json)" if path.is_dir() else "does not exist"
+        raise UserError(f"run {path} {what}; train one with `catmaps train PRESET --out {path}`")
+    return from_json(file.read_text(encoding="utf-8"), str(file))
+
+
+def load_run(path: Path) -> Run:
+    """Reads a run for sampling and scoring, in evaluation mode.
+
+    Raises:
+        UserError: Missing, damaged or mismatched files, named.
+    """
+    config = read_config(path)
+    tokenizer = load_tokenizer(path)
+    network = build_network(config.network, torch.zeros(tokenizer.vocab_size))
+    load_weights(network, path / MODEL)
+    network.precision = PRECISION[config.training.precision]
+    table = read_tensors(path / CLOCK)
+    if set(table) != {"t", "table"}:
+        raise UserError(f"{path / CLOCK} is not a law of time; copy the run's folder again")
+    return Run(path, config, network.eval().requires_grad_(False), tokenizer, Law(table["t"], table["table"]))
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file; UserError if it is missing or damaged."""
+    if not file.is_file():
+        raise UserError(f"{file} is missing: the run has not saved yet, or its folder was copied in part")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise UserError(f"{file} is damaged ({error}); copy it again or resume the run to write it anew") from error
+
+
+def load_weights(network: FlowNetwork, file: Path) -> None:
+    """Strict loading: what is missing, unknown or of another shape is named."""
+    tensors, own = read_tensors(file), network.state_dict()
+    for what, names in (("misses", set(own) - set(tensors)), ("has unknown", set(tensors) - set(own))):
+        if names:
+            raise UserError(f"{file} {what} {min(names)} ({len(names)} in all): it is of another configuration")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            shapes = f"{tuple(tensor.shape)} instead of {tuple(own[name].shape)}"
+            raise UserError(f"{file}: {name} has shape {shapes}: it is of another configuration or vocabulary")
+    network.load_state_dict(tensors)
+
+
+def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Atomic: the file is either the old or the new one."""
+    draft = file.with_name(f".{file.name}.draft")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft)
+    os.replace(draft, file)
+
+
+def write_law(law: Law, file: Path) -> None:
+    write_tensors({"t": law.t, "table": law.table}, file)

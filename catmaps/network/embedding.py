@@ -1,0 +1,128 @@
+"""How noisy text enters the trunk. Both embeddings map x (B, L, V) to (B, L, d).
+
+`belief` embeds what the position's own noise says about its token, softmax(log prior + gain x), through a table: the
+trunk sees a mixture of token vectors whatever V is. `linear` is the design of the published models, x W: when V exceeds
+d the trunk sees only d of the V noise dimensions (docs/maths.md (a)).
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from catmaps.network import tangent
+
+
+class BeliefEmbedding(nn.Module):
+    """softmax(log prior + gain x) E."""
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.table = nn.Linear(vocab_size, width, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.table.weight)
+
+    def forward(
+        self, x: Float[Tensor, "b l v"], gain: Float[Tensor, "b #l"], s: Float[Tensor, "b #l"], log_prior: Tensor
+    ) -> Float[Tensor, "b l d"]:
+        del s
+        return self.table((log_prior + gain[..., None] * x).softmax(-1))
+
+    def forward_with_tangent(
+        self, x: tuple[Tensor, Tensor | None], gain: tuple[Tensor, Tensor], s: tuple[Tensor, Tensor], log_prior: Tensor
+    ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b l d"]]:
+        del s
+        dz = gain[1][..., None] * x[0]
+        if x[1] is not None:
+            dz = dz + gain[0][..., None] * x[1]
+        belief = tangent.softmax(log_prior + gain[0][..., None] * x[0], dz)
+        return tangent.linear(self.table, *belief)
+
+
+class LinearEmbedding(nn.Module):
+    """x W / rms(s), with rms(s) = sqrt((1 - s)^2 + s^2 / V): the root mean square of x over V, within 0.3%."""
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.table = nn.Linear(vocab_size, width, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.table.weight, std=self.table.in_features**-0.5)
+
+    def _rms(self, s: Tensor) -> Tensor:
+        return ((1 - s).square() + s.square() / self.table.in_features).sqrt()[..., None]
+
+    def forward(
+        self, x: Float[Tensor, "b l v"], gain: Float[Tensor, "b #l"], s: Float[Tensor, "b #l"], log_prior: Tensor
+    ) -> Float[Tensor, "b l d"]:
+        del gain, log_prior
+        return self.table(x / self._rms(s))
+
+    def forward_with_tangent(
+        self, x: tuple[Tensor, Tensor | None], gain: tuple[Tensor, Tensor], s: tuple[Tensor, Tensor], log_prior: Tensor
+    ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b l d"]]:
+        del gain, log_prior
+        rms = self._rms(s[0])
+        y = x[0] / rms
+        drms = ((s[0] / self.table.in_features - (1 - s[0])) * s[1])[..., None] / rms
+        dy = -y * drms / rms
+        if x[1] is not None:
+            dy = dy + x[1] / rms
+        return tangent.linear(self.table, y, dy)
+
+
+class Conditioner(nn.Module):
+    """Time features of s and t -> one conditioning vector.
+
+    The start s has an ordinary embedder; the gap an embedder without bias on phi(t) - phi(s) whose last layer starts at
+    zero. It is exactly silent on the diagonal, so a base checkpoint *is* a valid start for distillation.
+    """
+
+    def __init__(self, features: int, width: int) -> None:
+        super().__init__()
+        self.start = nn.ModuleList([nn.Linear(features, width), nn.Linear(width, width)])
+        self.gap = nn.ModuleList([nn.Linear(features, width, bias=False), nn.Linear(width, width, bias=False)])
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for layer in (*self.start, *self.gap):
+            layer.reset_parameters()
+        nn.init.zeros_(self.gap[1].weight)
+
+    def forward(self, phi_s: Float[Tensor, "b k f"], phi_t: Float[Tensor, "b k f"]) -> Float[Tensor, "b k c"]:
+        start = self.start[1](F.silu(self.start[0](phi_s)))
+        return F.silu(start + self.gap[1](F.silu(self.gap[0](phi_t - phi_s))))
+
+    def forward_with_tangent(
+        self, phi_s: tuple[Tensor, Tensor], phi_t: tuple[Tensor, Tensor]
+    ) -> tuple[Float[Tensor, "b k c"], Float[Tensor, "b k c"]]:
+        start = _mlp(self.start, phi_s)
+        gap = _mlp(self.gap, (phi_t[0] - phi_s[0], phi_t[1] - phi_s[1]))
+        return tangent.silu(start[0] + gap[0], start[1] + gap[1])
+
+
+def _mlp(layers: nn.ModuleList, x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    first, second = layers
+    assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
+    return tangent.linear(second, *tangent.silu(*tangent.linear(first, *x)))
+
+
+def distinct(*times: Float[Tensor, "b l"]) -> tuple[list[Float[Tensor, "b k"]], Tensor | None]:
+    """The distinct tuples of times in each sequence, and each position's index (B, L) among them; None if all share one.
+
+    Conditioning is then computed for k tuples instead of L positions: with prompts k = 2.
+    """
+    if all(time.shape[1] == 1 for time in times):
+        return list(times), None
+    length = max(time.shape[1] for time in times)
+    wide = [time.expand(-1, length) for time in times]
+    same = torch.stack([time[:, :, None] == time[:, None, :] for time in wide]).all(0)
+    first = same.int().argmax(-1)
+    rank = (first == torch.arange(length, device=first.device)).cumsum(1) - 1
+    index = rank.gather(1, first)
+    k = int(index.max()) + 1
+    slots = torch.zeros_like(index[:, :k]).scatter_reduce(1, index, first, "amax", include_self=True)
+    return [time.gather(1, slots) for time in wide], index if k > 1 else None

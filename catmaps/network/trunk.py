@@ -1,0 +1,190 @@
+"""The transformer: pre-RMSNorm blocks, full attention with RoPE and QK-norm, squared ReLU, adaptive shifts, scales and gates.
+
+Residual projections start at zero and gates at one, so a new block is the identity and learns from its first step.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from catmaps.network import tangent
+
+EPS = 1e-6
+DENSE_LENGTH = 512
+
+
+def select(
+    values: Float[Tensor, "b k n"], index: Int[Tensor, "b l"] | None
+) -> Float[Tensor, "b l n"] | Float[Tensor, "b 1 n"]:
+    """The value of every position out of its sequence's k distinct ones; (B, 1, n) where all share one."""
+    if index is None:
+        return values
+    if values.shape[1] == 2:  # noisy and clean: a select fuses into what follows, a gather does not
+        return torch.where((index == 1)[..., None], values[:, 1:], values[:, :1])
+    return torch.take_along_dim(values, index[..., None], dim=1)
+
+
+def rotate(x: Float[Tensor, "b h l e"], wave: Float[Tensor, "2 l half"]) -> Float[Tensor, "b h l e"]:
+    """Rotary position embedding with the tables of `rope_waves`."""
+    cos, sin = wave.to(x.dtype)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def rope_waves(length: int, head_dim: int, device: torch.device | None = None) -> Float[Tensor, "2 {length} half"]:
+    """cos and sin of position x frequency, base 10,000, fp32."""
+    exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), 10_000.0**-exponent)
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def attention(
+    q: Float[Tensor, "b h l e"], k: Float[Tensor, "b h l e"], v: Float[Tensor, "b h l e"]
+) -> Float[Tensor, "b h l e"]:
+    """Full attention by the fastest kernel: on CPUs plain matrix products win up to moderate lengths, above all backward."""
+    if q.device.type != "cpu" or q.shape[-2] > DENSE_LENGTH:
+        return F.scaled_dot_product_attention(q, k, v)
+    score = (q * q.shape[-1] ** -0.5) @ k.mT
+    return score.float().softmax(-1).to(v.dtype) @ v if score.dtype == torch.bfloat16 else score.softmax(-1) @ v
+
+
+def modulated(
+    x: Tensor, dx: Tensor, shift: tuple[Tensor, Tensor], scale: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The adaptive norm and its tangent."""
+    y, dy = tangent.rms_norm(x, dx, None, EPS)
+    return y * (1 + scale[0]) + shift[0], dy * (1 + scale[0]) + y * scale[1] + shift[1]
+
+
+def gated(x: Tensor, dx: Tensor, gate: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The gated residual sum and its tangent."""
+    return x + (1 + gate[0]) * y[0], dx + (1 + gate[0]) * y[1] + gate[1] * y[0]
+
+
+class Block(nn.Module):
+    """One transformer block of width d; `modulation` holds shift, scale, gate of both halves, (B, K, 6 d)."""
+
+    def __init__(self, width: int, heads: int, conditioning: int, mlp_ratio: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.query_norm = nn.RMSNorm(width // heads, eps=EPS)
+        self.key_norm = nn.RMSNorm(width // heads, eps=EPS)
+        self.attention_out = nn.Linear(width, width, bias=False)
+        self.up = nn.Linear(width, mlp_ratio * width, bias=False)
+        self.down = nn.Linear(mlp_ratio * width, width, bias=False)
+        self.modulation = nn.Linear(conditioning, 6 * width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for layer in (self.qkv, self.up):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+        for layer in (self.attention_out, self.down, self.modulation):
+            nn.init.zeros_(layer.weight)
+        nn.init.zeros_(self.modulation.bias)
+        self.query_norm.reset_parameters()
+        self.key_norm.reset_parameters()
+
+    def _split_heads(self, qkv: Float[Tensor, "b l e"]) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def forward(
+        self,
+        x: Float[Tensor, "b l d"],
+        condition: Float[Tensor, "b k c"],
+        index: Int[Tensor, "b l"] | None,
+        wave: Float[Tensor, "2 l half"],
+    ) -> Float[Tensor, "b l d"]:
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            select(m, index) for m in self.modulation(condition).chunk(6, -1)
+        )
+        y = F.rms_norm(x, x.shape[-1:], eps=EPS) * (1 + scale1) + shift1
+        q, k, v = self._split_heads(self.qkv(y))
+        q, k = rotate(self.query_norm(q), wave).to(v.dtype), rotate(self.key_norm(k), wave).to(v.dtype)
+        y = attention(q, k, v)
+        x = x + (1 + gate1) * self.attention_out(y.transpose(1, 2).flatten(2))
+        y = F.rms_norm(x, x.shape[-1:], eps=EPS) * (1 + scale2) + shift2
+        return x + (1 + gate2) * self.down(F.relu(self.up(y)).square())
+
+    def forward_with_tangent(
+        self,
+        x: tuple[Float[Tensor, "b l d"], Float[Tensor, "b l d"]],
+        condition: tuple[Float[Tensor, "b k c"], Float[Tensor, "b k c"]],
+        index: Int[Tensor, "b l"] | None,
+        wave: Float[Tensor, "2 l half"],
+    ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b l d"]]:
+        """`forward` and its derivative along a tangent of (x, condition)."""
+        m, dm = tangent.linear(self.modulation, *condition)
+        parts = [(select(a, index), select(b, index)) for a, b in zip(m.chunk(6, -1), dm.chunk(6, -1), strict=True)]
+        z, dz = tangent.linear(self.qkv, *modulated(*x, parts[0], parts[1]))
+        (q, k, v), (dq, dk, dv) = self._split_heads(z), self._split_heads(dz)
+        q, dq = tangent.rms_norm(q, dq, self.query_norm.weight, EPS)
+        k, dk = tangent.rms_norm(k, dk, self.key_norm.weight, EPS)
+        rotated = [rotate(y, wave).to(v.dtype) for y in (q, k, dq, dk)]
+        y, dy = tangent.attention((rotated[0], rotated[1], v), (rotated[2], rotated[3], dv))
+        y, dy = y.transpose(1, 2).flatten(2), dy.transpose(1, 2).flatten(2)
+        x = gated(*x, parts[2], tangent.linear(self.attention_out, y, dy))
+        hidden = tangent.squared_relu(*tangent.linear(self.up, *modulated(*x, parts[3], parts[4])))
+        return gated(*x, parts[5], tangent.linear(self.down, *hidden))
+
+
+class FinalNorm(nn.Module):
+    """Adaptive RMS norm in front of the head."""
+
+    def __init__(self, width: int, conditioning: int) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(conditioning, 2 * width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(
+        self, x: Float[Tensor, "b l d"], condition: Float[Tensor, "b k c"], index: Int[Tensor, "b l"] | None
+    ) -> Float[Tensor, "b l d"]:
+        shift, scale = (select(m, index) for m in self.modulation(condition).chunk(2, -1))
+        return F.rms_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
+
+    def forward_with_tangent(
+        self, x: tuple[Tensor, Tensor], condition: tuple[Tensor, Tensor], index: Int[Tensor, "b l"] | None
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` and its derivative along a tangent of (x, condition)."""
+        m, dm = tangent.linear(self.modulation, *condition)
+        (shift, scale), (dshift, dscale) = m.chunk(2, -1), dm.chunk(2, -1)
+        return modulated(
+            *x, (select(shift, index), select(dshift, index)), (select(scale, index), select(dscale, index))
+        )
+
+
+class Trunk(nn.Module):
+    """Blocks and a final adaptive norm: (B, L, d) -> (B, L, d)."""
+
+    def __init__(self, width: int, blocks: int, heads: int, conditioning: int, mlp_ratio: int) -> None:
+        super().__init__()
+        self.head_dim = width // heads
+        self.blocks = nn.ModuleList(Block(width, heads, conditioning, mlp_ratio) for _ in range(blocks))
+        self.final_norm = FinalNorm(width, conditioning)
+
+    def forward(
+        self, x: Float[Tensor, "b l d"], condition: Float[Tensor, "b k c"], index: Int[Tensor, "b l"] | None
+    ) -> Float[Tensor, "b l d"]:
+        wave = rope_waves(x.shape[1], self.head_dim, x.device)
+        for block in self.blocks:
+            x = block(x, condition, index, wave)
+        return self.final_norm(x, condition, index)
+
+    def forward_with_tangent(
+        self,
+        x: tuple[Float[Tensor, "b l d"], Float[Tensor, "b l d"]],
+        condition: tuple[Float[Tensor, "b k c"], Float[Tensor, "b k c"]],
+        index: Int[Tensor, "b l"] | None,
+    ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b l d"]]:
+        """`forward` and its derivative along a tangent of (x, condition)."""
+        wave = rope_waves(x[0].shape[1], self.head_dim, x[0].device)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            x = block.forward_with_tangent(x, condition, index, wave)
+        return self.final_norm.forward_with_tangent(x, condition, index)

@@ -1,0 +1,87 @@
+"""Named configurations: one function each. A variant calls another and changes a field."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from catmaps.config import Config, DataConfig, OptimiserConfig, TrainingConfig
+from catmaps.flow.objective import ObjectiveConfig
+from catmaps.network.denoiser import NetworkConfig
+
+
+def tiny() -> Config:
+    """A smoke test: seconds on one core."""
+    return Config(
+        network=NetworkConfig(width=64, blocks=2, heads=2),
+        data=DataConfig(length=64),
+        optimiser=OptimiserConfig(warmup=20, ema=0.98),
+        training=TrainingConfig(
+            steps=200, batch=32, micro_batch=32, save_every=100, evaluate_every=100, evaluate_sequences=64
+        ),
+    )
+
+
+def small() -> Config:
+    """27 symbols, 4.5M parameters: about 20 minutes on 2 cores."""
+    return Config(training=TrainingConfig(steps=3400))
+
+
+def quickstart() -> Config:
+    """`small`, shorter: about 6 minutes on 2 cores."""
+    base = small()
+    return replace(base, training=replace(base.training, steps=1000))
+
+
+def _scaled(width: int, blocks: int, heads: int, batch: int, steps: int, lr: float) -> Config:
+    """Subword text at length 1,024."""
+    return Config(
+        data=DataConfig(tokenizer="bpe:4096", length=1024),
+        network=NetworkConfig(width=width, blocks=blocks, heads=heads),
+        optimiser=OptimiserConfig(name="adamw", lr=lr, beta2=0.95, warmup=2000, decay=0.2, ema=0.9999),
+        training=TrainingConfig(steps=steps, batch=batch, micro_batch=8, save_every=5000, evaluate_every=5000),
+    )
+
+
+def p130m() -> Config:
+    """130M parameters (V = 50k), 100B tokens."""
+    return _scaled(width=768, blocks=7, heads=12, batch=512, steps=190_000, lr=6e-4)
+
+
+def p400m() -> Config:
+    """400M parameters (V = 50k), 300B tokens."""
+    return _scaled(width=1024, blocks=23, heads=16, batch=1024, steps=286_000, lr=4e-4)
+
+
+def p1700m() -> Config:
+    """1.7B parameters at V = 50,304, 2.1T tokens: the size and budget of arXiv:2605.07820."""
+    return _scaled(width=2048, blocks=29, heads=16, batch=4096, steps=500_000, lr=2e-4)
+
+
+def _distilled(base: Config, steps: int) -> Config:
+    """The second stage: half of each batch holds the diagonal to the frozen base, half teaches the jumps."""
+    return replace(
+        base,
+        objective=ObjectiveConfig(off_diagonal=0.5),
+        optimiser=replace(base.optimiser, lr=1e-3, muon_lr=0.005, warmup=50, ema=0.995),
+        training=replace(base.training, steps=steps),
+    )
+
+
+def distill(base: Config) -> Config:
+    """Distils the base of a run: about 15 minutes on 2 cores for `small`."""
+    return _distilled(base, steps=1500)
+
+
+def distill_quickstart(base: Config) -> Config:
+    """`distill`, shorter: about 4 minutes on 2 cores."""
+    return _distilled(base, steps=400)
+
+
+PRESETS: dict[str, Callable[[], Config]] = {
+    "tiny": tiny,
+    "small": small,
+    "quickstart": quickstart,
+    "130m": p130m,
+    "400m": p400m,
+    "1.7b": p1700m,
+}
+DISTILLATIONS: dict[str, Callable[[Config], Config]] = {"distill": distill, "quickstart": distill_quickstart}

@@ -1,0 +1,145 @@
+"""What happens around the steps: metrics as JSONL, a progress line, validation, and files anyone may read."""
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from olmo_core.distributed.utils import get_rank
+from olmo_core.train.callbacks import Callback
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from catmaps.flow.flow_map import FlowMap
+from catmaps.flow.likelihood import nelbo
+from catmaps.model import CLOCK, METRICS, MODEL, write_law, write_tensors
+from catmaps.training.module import FlowTrainModule
+
+
+def _module(callback: Callback) -> FlowTrainModule:
+    module = callback.trainer.train_module
+    assert isinstance(module, FlowTrainModule)
+    return module
+
+
+def _mean(rows: list[dict[str, float]], name: str) -> float:
+    values = [row[name] for row in rows if name in row]
+    return sum(values) / len(values)
+
+
+@dataclass
+class MetricsCallback(Callback):
+    """Appends to metrics.jsonl, every `log_every` steps, the means since the last line. Shows progress."""
+
+    folder: Path = field(default_factory=Path)
+    _pending: list[dict[str, float]] = field(default_factory=list)
+    _began: float = 0.0
+    _before: float = 0.0
+    _progress: Any = None
+    _task: Any = None
+
+    def pre_train(self) -> None:
+        self._began = time.monotonic()
+        if get_rank() != 0:
+            return
+        self._forget_what_was_undone()
+        columns = (TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        self._progress = Progress(
+            *columns, TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=Console(stderr=True)
+        )
+        self._task = self._progress.add_task(
+            self.folder.name, total=_module(self).config.training.steps, completed=self.step, note=""
+        )
+        self._progress.start()
+
+    def _forget_what_was_undone(self) -> None:
+        """A resumed run repeats the steps after its last checkpoint: their old lines go."""
+        file = self.folder / METRICS
+        if not file.exists():
+            return
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        kept = [row for row in rows if row["step"] <= self.step]
+        self._before = max((row.get("seconds", 0.0) for row in kept), default=0.0)
+        file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        config = _module(self).config
+        tokens = step * config.training.batch * config.data.length
+        seconds = self._before + time.monotonic() - self._began
+        row = {"step": step, "tokens": tokens, "seconds": round(seconds, 2), **values}
+        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        own = {name: value for name, value in metrics.items() if "/" not in name}
+        if get_rank() != 0 or "loss" not in own:
+            return
+        self._pending.append(own)
+        training = _module(self).config.training
+        if step % training.log_every == 0 or step in (1, training.steps):
+            self.write(step, {name: _mean(self._pending, name) for name in sorted(own)})
+            if self._progress is not None:
+                self._progress.update(self._task, completed=step, note=f"loss {_mean(self._pending, 'loss'):.4f}")
+            self._pending = []
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+@dataclass
+class ValidationCallback(Callback):
+    """Every so many steps the likelihood bound of the moving average on validation text."""
+
+    tokens: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
+    every: int = 0
+    characters_per_token: float = 1.0
+    metrics: MetricsCallback = field(default_factory=MetricsCallback)
+    _last: int = -1
+
+    def post_train_batch(self) -> None:
+        if self.every and self.step % self.every == 0:
+            self.evaluate()
+
+    def post_train(self) -> None:
+        if self.every and self._last != self.step:
+            self.evaluate()
+
+    def evaluate(self) -> None:
+        """Writes bits per character and its standard error over texts to metrics.jsonl (process 0)."""
+        self._last = self.step
+        if get_rank() != 0 or len(self.tokens) < 2:
+            return
+        mean, stderr = validation_bound(_module(self), self.tokens)
+        scale = 1 / (math.log(2) * self.characters_per_token)
+        self.metrics.write(self.step, {"nelbo_bits_per_char": mean * scale, "nelbo_stderr": stderr * scale})
+
+
+def validation_bound(module: FlowTrainModule, tokens: Int[Tensor, "n l"]) -> tuple[float, float]:
+    """Mean and standard error over texts of the bound (14), nats per token, with fixed random numbers."""
+    flow_map, size = FlowMap(module.average), module.config.training.micro_batch
+    generator = torch.Generator().manual_seed(0)
+    nats = torch.cat(
+        [nelbo(flow_map, part, module.law, num_samples=8, generator=generator).nats for part in tokens.split(size)]
+    )
+    per_token = nats / tokens.shape[1]
+    return per_token.mean().item(), (per_token.std() / math.sqrt(len(per_token))).item()
+
+
+@dataclass
+class ExportCallback(Callback):
+    """After every checkpoint: the moving average and the law of time, as safetensors, in the run's folder."""
+
+    folder: Path = field(default_factory=Path)
+
+    def post_checkpoint_saved(self, path: Any) -> None:
+        if get_rank() == 0:
+            module = _module(self)
+            write_tensors(module.average.state_dict(), self.folder / MODEL)
+            write_law(module.law, self.folder / CLOCK)

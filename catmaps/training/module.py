@@ -1,0 +1,152 @@
+"""What a batch does: plan it, draw its noise, backward over micro-batches, step, follow with the moving average."""
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as dcp
+from olmo_core.distributed.utils import get_rank, get_world_size
+from olmo_core.train import ReduceType
+from olmo_core.train.train_module import EvalBatchSpec, TrainModule
+from torch import Tensor, nn
+
+from catmaps.config import Config
+from catmaps.flow.adaptive import InformationClock
+from catmaps.flow.flow_map import FlowMap
+from catmaps.flow.interpolant import counter_noise
+from catmaps.flow.objective import batch_loss, plan
+from catmaps.flow.times import Law
+from catmaps.network.denoiser import FlowNetwork
+from catmaps.training.optim import build_optimisers, rate, set_rate
+
+ROLES = ("diagonal", "off_diagonal", "anchor")
+
+
+class FlowTrainModule(TrainModule):
+    """Trains a denoiser on the mixture of `config.objective`.
+
+    Args:
+        config: The run's.
+        network: In training; on every process the same.
+        average: Another network of the same weights, which becomes their moving average.
+        teacher: The frozen base of a distillation, or None.
+        law: Law of time at the start; with `config.clock.adaptive` and no teacher it follows the information.
+    """
+
+    def __init__(
+        self, config: Config, network: FlowNetwork, average: FlowNetwork, teacher: FlowNetwork | None, law: Law
+    ) -> None:
+        super().__init__()
+        self.config, self.network, self.average = config, network, average.requires_grad_(False)
+        self.teacher = None if teacher is None else FlowMap(teacher.requires_grad_(False))
+        self.flow_map = FlowMap(network)
+        self.optimisers = build_optimisers(network, config.optimiser)
+        self.clock = InformationClock(law)
+        self.adapts = config.clock.adaptive and teacher is None
+        self._added: Tensor | None = None
+
+    @property
+    def law(self) -> Law:
+        """The law of time in force."""
+        return self.clock.law if self.adapts else self.clock.clock
+
+    @property
+    def eval_batch_spec(self) -> EvalBatchSpec:
+        return EvalBatchSpec(rank_batch_size=self.config.training.micro_batch * self.config.data.length)
+
+    def train_batch(self, batch: dict[str, Any], dry_run: bool = False) -> None:
+        """Forward and backward of this process's share; a dry run compiles and changes nothing."""
+        training, rank, world = self.config.training, get_rank(), get_world_size()
+        tokens = batch["input_ids"].long()
+        step = 0 if dry_run else self.trainer.global_step
+        generator = torch.Generator().manual_seed(training.seed * 1_000_003 + step)
+        whole = plan(self.config.objective, self.law, len(tokens) * world, tokens.shape[1], generator)
+        noisy = (~whole.known).sum(1).double()
+        index = torch.arange(len(tokens)) * world + rank
+        loss, sums, added = torch.zeros(()), torch.zeros(3), torch.zeros(2, len(self.clock.sums), dtype=torch.float64)
+        for rows in torch.arange(len(tokens)).split(training.micro_batch):
+            noise = counter_noise((training.seed, step), index[rows].numpy(), tokens.shape[1], self.network.vocab_size)
+            part = batch_loss(
+                self.flow_map,
+                self.teacher,
+                self.config.objective,
+                tokens[rows],
+                noise,
+                whole.rows(index[rows]),
+                noisy.sum().item(),
+            )
+            part.total.backward()
+            loss, sums = loss + part.total.detach(), sums + part.sums
+            added = added + self.clock.contributions(part.diagonal_times, part.squared_error)
+        if dry_run:
+            self.zero_grads()
+            return
+        self._added = _sum_over_processes([added])[0]
+        self.record_metric("loss", loss, ReduceType.sum)
+        for role, name in enumerate(ROLES):
+            count = noisy[whole.role == role].sum().item()
+            if count:
+                self.record_metric(f"loss_{name}", sums[role] / count, ReduceType.sum)
+
+    def optim_step(self) -> None:
+        """Sums gradients over processes, clips, steps, and moves the average and the clock."""
+        optimiser, step = self.config.optimiser, self.trainer.global_step
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        for gradient, summed in zip(gradients, _sum_over_processes(gradients), strict=True):
+            gradient.copy_(summed)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), optimiser.clip)
+        factor = rate(step, self.config.training.steps, optimiser)
+        set_rate(self.optimisers, factor)
+        for o in self.optimisers:
+            o.step()
+        decay = min(optimiser.ema, step / (step + 9))
+        own = [p.detach() for p in self.network.parameters()]
+        torch._foreach_lerp_(list(self.average.parameters()), own, 1 - decay)
+        if self._added is not None:
+            self.clock.update(self._added, step)
+        self.record_metric("gradient_norm", norm, ReduceType.max)
+        self.record_metric("rate", torch.tensor(factor), ReduceType.max)
+        if not math.isfinite(norm.item()):
+            raise FloatingPointError(f"the gradient is not finite at step {step}; lower optimiser.lr and resume")
+
+    def zero_grads(self) -> None:
+        for o in self.optimisers:
+            o.zero_grad(set_to_none=True)
+
+    def state_dict(self, *, optim: bool | None = None) -> dict[str, Any]:
+        options = dcp.StateDictOptions(cpu_offload=True)
+        state: dict[str, Any] = {
+            "model": dcp.get_model_state_dict(self.network, options=options),
+            "average": dcp.get_model_state_dict(self.average, options=options),
+            "clock": self.clock.state_dict(),
+        }
+        if optim is not False:
+            state["optim"] = dcp.get_optimizer_state_dict(self.network, self.optimisers, options=options)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        dcp.set_model_state_dict(self.network, state_dict["model"])
+        dcp.set_model_state_dict(self.average, state_dict["average"])
+        self.clock.load_state_dict(state_dict["clock"])
+        if "optim" in state_dict:
+            dcp.set_optimizer_state_dict(self.network, self.optimisers, state_dict["optim"])
+
+    def eval_batch(self, batch: dict[str, Any], labels: Any = None) -> Any:
+        """The base loss of a batch; validation proper is the bound of `callbacks.ValidationCallback`."""
+        raise RuntimeError("catmaps validates through its own callback, not through the engine's evaluators")
+
+    def num_flops_per_token(self, seq_len: int) -> int | None:
+        return None
+
+    def global_num_flops_in_batch(self, batch: dict[str, Any]) -> int | None:
+        return None
+
+
+def _sum_over_processes(tensors: list[Tensor]) -> list[Tensor]:
+    """Sums over processes in one reduction. Losses are divided by global counts, so sums are means."""
+    if get_world_size() == 1:
+        return tensors
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]

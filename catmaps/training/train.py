@@ -1,0 +1,229 @@
+"""Trains a run's folder from its configuration: base, joint or distilled, one process or many."""
+
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from catmaps.config import Config, to_json
+from catmaps.errors import UserError
+from catmaps.flow.times import Law
+from catmaps.model import (
+    CHECKPOINTS,
+    CONFIG,
+    MODEL,
+    PRECISION,
+    TEACHER,
+    build_network,
+    load_weights,
+    read_config,
+    read_tensors,
+    starting_law,
+    write_law,
+)
+from catmaps.network.denoiser import FlowNetwork, smoothed_log_prior
+from catmaps.text import tokenizers
+from catmaps.text.build import ensure_embedded
+from catmaps.text.manifest import MANIFEST_FILE, load_manifest
+from catmaps.text.shards import sequences, token_counts, verify
+
+START_LAW = "start_clock.safetensors"
+EXTRA = "training needs the engine: pip install 'catmaps[train]'"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training ended."""
+
+    folder: Path
+    step: int
+    steps: int
+    stopped_by: str | None
+
+    @property
+    def complete(self) -> bool:
+        return self.step >= self.steps
+
+
+def cache_folder() -> Path:
+    """Where shards of the embedded corpus are kept: $CATMAPS_CACHE, or ~/.cache/catmaps."""
+    return Path(os.environ.get("CATMAPS_CACHE", Path.home() / ".cache" / "catmaps"))
+
+
+def find_shards(config: Config) -> Path:
+    """The run's shard directory; those of the embedded corpus are built at first use."""
+    if config.data.shards is None:
+        return ensure_embedded(cache_folder(), config.data.tokenizer)
+    verify(Path(config.data.shards), hashes=False)
+    return Path(config.data.shards)
+
+
+def start(config: Config, folder: Path) -> Config:
+    """Makes the folder of a new run, with its configuration, tokenizer, data manifest and, if distilled, teacher.
+
+    Raises:
+        UserError: The folder exists, or data and base do not fit.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} exists and is not empty; continue it with --resume {folder}, or choose another --out")
+    shards = find_shards(config)
+    tokenizer = tokenizers.load(shards)
+    length = config.data.length
+    if load_manifest(shards).split("train").tokens < config.training.batch * length:
+        raise UserError(f"{shards}: the train split is shorter than one batch; lower training.batch or data.length")
+    if config.base is not None:
+        base = tokenizers.load(Path(config.base))
+        if base.token_strings() != tokenizer.token_strings():
+            raise UserError(f"the vocabulary of {shards} is not that of {config.base}; use the data it was trained on")
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizers.save(tokenizer, folder)
+    shutil.copy(shards / MANIFEST_FILE, folder / MANIFEST_FILE)
+    if config.base is None:
+        write_law(starting_law(config.clock, tokenizer.vocab_size), folder / START_LAW)
+    else:
+        shutil.copy(Path(config.base) / MODEL, folder / TEACHER)
+        shutil.copy(Path(config.base) / "clock.safetensors", folder / START_LAW)
+    (folder / CONFIG).write_text(to_json(config), encoding="utf-8")
+    return config
+
+
+def _networks(config: Config, folder: Path, shards: Path) -> tuple[FlowNetwork, FlowNetwork, FlowNetwork | None]:
+    """(in training, moving average, teacher), all alike at the start; initialised from the run's seed."""
+    torch.manual_seed(config.training.seed)
+    log_prior = smoothed_log_prior(torch.from_numpy(token_counts(shards)).double())
+    network, average = (build_network(config.network, log_prior) for _ in range(2))
+    teacher = None
+    if config.base is not None:
+        teacher = build_network(config.network, log_prior)
+        load_weights(teacher, folder / TEACHER)
+        network.load_state_dict(teacher.state_dict())
+    average.load_state_dict(network.state_dict())
+    for net in (network, average, teacher):
+        if net is None:
+            continue
+        net.precision = PRECISION[config.training.precision]
+        if config.training.compile:
+            for block in [*net.trunk.blocks, net.trunk.final_norm]:
+                block.compile(dynamic=False)
+    return network, average, teacher
+
+
+def _loader(config: Config, shards: Path) -> Any:
+    """The engine's loader over raw token shards: order by seed and epoch, free of the number of processes."""
+    from olmo_core.data import DataCollator, TokenizerConfig
+    from olmo_core.data.composable import (
+        ComposableDataLoader,
+        ConcatAndChunkInstanceSourceConfig,
+        NumpyDocumentSourceConfig,
+    )
+    from olmo_core.data.types import NumpyDatasetDType
+    from olmo_core.distributed.utils import get_rank, get_world_size
+
+    manifest, world = load_manifest(shards), get_world_size()
+    if config.training.batch % world:
+        raise UserError(f"training.batch {config.training.batch} is not a multiple of the {world} processes")
+    # The engine wants an end-of-text id; alphabets without one get an id that never occurs.
+    eos = manifest.vocab_size if manifest.eos_id is None else manifest.eos_id
+    tokenizer = TokenizerConfig(vocab_size=manifest.vocab_size, eos_token_id=eos, pad_token_id=0)
+    source = NumpyDocumentSourceConfig(
+        source_paths=[str(shards / shard.file) for shard in manifest.split("train").shards],
+        tokenizer=tokenizer,
+        dtype=NumpyDatasetDType(manifest.dtype),
+    )
+    work = str(cache_folder() / "engine")
+    instances = ConcatAndChunkInstanceSourceConfig(sources=[source], sequence_length=config.data.length)
+    return ComposableDataLoader(
+        instances.build(work_dir=work),
+        collator=DataCollator(pad_token_id=0),
+        tokenizer=tokenizer,
+        work_dir=work,
+        global_batch_size=config.training.batch * config.data.length,
+        seed=config.training.seed,
+        dp_world_size=world,
+        dp_rank=get_rank(),
+        num_threads=0,
+        display_source_visualization=False,
+    )
+
+
+def _prepare_processes() -> None:
+    if "RANK" in os.environ:  # started by torchrun
+        os.environ.setdefault("FS_LOCAL_RANK", os.environ["RANK"])
+        from olmo_core.distributed.utils import init_distributed, is_distributed
+
+        if not is_distributed():
+            init_distributed(backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    for name in ("olmo_core", "torch.distributed.checkpoint"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def train(folder: Path, *, stop_after: int | None = None) -> Outcome:
+    """Runs the configuration in `folder` to its end, from its last checkpoint if there is one.
+
+    SIGINT and SIGTERM save and end it; it can then be resumed.
+
+    Args:
+        folder: Made by `start`.
+        stop_after: Saves and ends after this step, as a signal would.
+    """
+    try:
+        from olmo_core.train import Duration, TrainerConfig
+        from olmo_core.train.callbacks import CheckpointerCallback
+    except ImportError as error:
+        raise UserError(EXTRA) from error
+    from catmaps.training.callbacks import ExportCallback, MetricsCallback, ValidationCallback
+    from catmaps.training.module import FlowTrainModule
+
+    config = read_config(folder)
+    training = config.training
+    if training.threads is not None:
+        torch.set_num_threads(training.threads)
+    _prepare_processes()
+    shards = find_shards(config)
+    law = read_tensors(folder / START_LAW)
+    module = FlowTrainModule(config, *_networks(config, folder, shards), Law(law["t"], law["table"]))
+    metrics = MetricsCallback(folder=folder)
+    trainer = TrainerConfig(
+        save_folder=str(folder / CHECKPOINTS),
+        work_dir=str(folder / CHECKPOINTS / "work"),
+        save_overwrite=True,
+        max_duration=Duration.steps(training.steps),
+        hard_stop=None if stop_after is None else Duration.steps(stop_after),
+        metrics_collect_interval=training.log_every,
+        cancel_check_interval=1,
+        callbacks={
+            "checkpointer": CheckpointerCallback(
+                save_interval=training.save_every, save_async=False, pre_train_checkpoint=False, max_checkpoints=2
+            ),
+            "export": ExportCallback(folder=folder),
+            "metrics": metrics,
+            "validation": _validation(config, shards, metrics),
+        },
+    ).build(module, _loader(config, shards))
+    trainer.fit()
+    reason = trainer._cancel_reason if trainer.global_step < training.steps else None
+    if dist.is_initialized():
+        dist.barrier()
+    return Outcome(folder, trainer.global_step, training.steps, reason)
+
+
+def _validation(config: Config, shards: Path, metrics: Any) -> Any:
+    from catmaps.training.callbacks import ValidationCallback
+
+    manifest, training = load_manifest(shards), config.training
+    if "valid" not in manifest.splits or training.evaluate_every == 0:
+        return ValidationCallback(every=0, metrics=metrics)
+    valid = manifest.split("valid")
+    tokens = sequences(shards, "valid", config.data.length)
+    tokens = tokens[:: max(1, len(tokens) // training.evaluate_sequences)][: training.evaluate_sequences]
+    return ValidationCallback(
+        tokens=torch.from_numpy(tokens),
+        every=training.evaluate_every,
+        characters_per_token=valid.characters / valid.tokens,
+        metrics=metrics,
+    )
