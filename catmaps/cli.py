@@ -1,12 +1,14 @@
 """The command line: `catmaps COMMAND ...`. Results go to stdout (one JSON object with --json), the rest to stderr.
 
-A user's error is one line on stderr and exit status 2; a training stopped by a signal has saved and exits with 130 or 143.
+A user's error is one line on stderr and exit status 2; a training that a signal stopped has saved and exits with 130
+or 143.
 """
 
 import contextlib
 import importlib
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -101,9 +103,19 @@ def run(name: str, args: list[str]) -> int:
     module = importlib.import_module(f"catmaps.commands.{COMMANDS[name].module}")
     read: Callable[[str, list[str]], Command] = module.read
     command = read(name, args)
-    to = sys.stderr if command.json else sys.stdout
+    speaks = os.environ.get("RANK", "0") == "0"  # of the processes of a torchrun the first
+    to = io.StringIO() if not speaks else sys.stderr if command.json else sys.stdout
     with contextlib.redirect_stdout(to):
         result = command.run()
-    if command.json:
-        sys.stdout.write(json.dumps(result) + "\n")
+    if command.json and speaks:
+        sys.stdout.write(json.dumps(_finite(result), allow_nan=False) + "\n")
     return int(result.pop("exit_status", 0))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,7 +5,7 @@ On the command line every field is `--part.field value`. Named configurations ar
 
 import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from catmaps.errors import UserError
 from catmaps.flow.objective import ObjectiveConfig
@@ -19,9 +19,13 @@ class DataConfig:
     shards: str | None = None
     """Directory of token shards (`catmaps data build`); None: the embedded public-domain corpus."""
     tokenizer: str = "text8"
-    """Tokenizer of the embedded corpus: text8 (27 symbols), bytes, bpe:4096, or a tokenizer.json. Own shards bring theirs."""
+    """Of the embedded corpus: text8 (27 symbols), bytes, bpe:4096, or a tokenizer.json. Own shards bring theirs."""
     length: int = 128
     """Tokens per sequence."""
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise ValueError(f"data.length must be at least 1, not {self.length}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +59,13 @@ class OptimiserConfig:
     """Decay of the weights' moving average, which is what is saved, sampled and scored."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.muon_lr <= 0 or self.clip <= 0:
+        if not (self.lr > 0 and self.muon_lr > 0 and self.clip > 0):
             raise ValueError("optimiser.lr, optimiser.muon_lr and optimiser.clip must be positive")
-        if not 0 <= self.decay <= 1 or not 0 <= self.ema < 1 or self.warmup < 0:
-            raise ValueError("optimiser: decay must lie in [0, 1], ema in [0, 1), warmup must not be negative")
+        if not 0 <= self.decay <= 1 or self.warmup < 0 or self.weight_decay < 0:
+            raise ValueError("optimiser: decay must lie in [0, 1], warmup and weight_decay must not be negative")
+        for name in ("beta1", "beta2", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimiser.{name} must lie in [0, 1), not {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +94,10 @@ class TrainingConfig:
         for name in ("steps", "batch", "micro_batch", "save_every", "log_every", "evaluate_sequences"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} must be at least 1, not {getattr(self, name)}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"training.threads must be at least 1, not {self.threads}")
+        if self.seed < 0 or self.evaluate_every < 0:
+            raise ValueError("training.seed and training.evaluate_every must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,19 +130,29 @@ def from_json(text: str, where: str) -> Config:
     """
     try:
         return _build(Config, json.loads(text), "")
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise UserError(f"{where} is not a configuration of this version of catmaps: {error}") from error
 
 
 def _build(kind: type[T], values: Any, prefix: str) -> T:
     if not isinstance(values, dict):
-        raise ValueError(f"{prefix or 'the file'} is not an object")
+        raise ValueError(f"{prefix.rstrip('.') or 'the file'} is not an object")
     types = get_type_hints(kind)
     names = {f.name for f in fields(kind)}  # pyright: ignore[reportArgumentType]
-    if unknown := sorted(set(values) - names):
-        raise ValueError(f"unknown field {prefix}{unknown[0]}")
-    parts = {
-        name: _build(types[name], value, f"{prefix}{name}.") if is_dataclass(types[name]) else value
-        for name, value in values.items()
-    }
-    return kind(**parts)
+    for what, odd in (("unknown", set(values) - names), ("missing", names - set(values))):
+        if odd:
+            raise ValueError(f"{what} field {prefix}{min(odd)}")
+    return kind(**{name: _value(types[name], value, prefix + name) for name, value in values.items()})
+
+
+def _value(kind: Any, value: Any, name: str) -> Any:
+    if is_dataclass(kind):
+        return _build(kind, value, f"{name}.")  # pyright: ignore[reportArgumentType]
+    if get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return value
+        raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}")
+    wanted = (int, float) if kind is float else kind
+    if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{name} must be of type {getattr(kind, '__name__', kind)}, not {value!r}")
+    return value

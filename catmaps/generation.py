@@ -43,8 +43,8 @@ class SamplingConfig:
 def default_sampling(run: Run, steps: int | None = None) -> SamplingConfig:
     """A map jumps in 4 calls; a base is followed by 64 Euler steps."""
     if run.is_map:
-        return SamplingConfig(steps=steps or 4)
-    return SamplingConfig(steps=steps or 64, sampler="euler")
+        return SamplingConfig(steps=4 if steps is None else steps)
+    return SamplingConfig(steps=64 if steps is None else steps, sampler="euler")
 
 
 def generate(

@@ -22,13 +22,13 @@ def tiny() -> Config:
 
 def small() -> Config:
     """27 symbols, 4.5M parameters: about 20 minutes on 2 cores."""
-    return Config(training=TrainingConfig(steps=3400))
+    return Config(optimiser=OptimiserConfig(warmup=60, ema=0.998), training=TrainingConfig(steps=3000))
 
 
 def quickstart() -> Config:
     """`small`, shorter: about 6 minutes on 2 cores."""
     base = small()
-    return replace(base, training=replace(base.training, steps=1000))
+    return replace(base, optimiser=replace(base.optimiser, ema=0.99), training=replace(base.training, steps=900))
 
 
 def _scaled(width: int, blocks: int, heads: int, batch: int, steps: int, lr: float) -> Config:

@@ -73,7 +73,8 @@ def score(
     generator = torch.Generator().manual_seed(seed)
     bounds = [nelbo(run.flow_map, p, run.law, num_samples=num_samples, generator=generator) for p in parts if len(p)]
     nats, error = torch.cat([b.nats for b in bounds]), torch.cat([b.stderr for b in bounds])
-    text = "".join(run.tokenizer.decode(row.numpy()) for part in parts for row in part)
+    # Decoded as one: a window may end inside a character.
+    text = run.tokenizer.decode(torch.cat([part.flatten() for part in parts]).numpy())
     return Score(
         nats=nats.sum().item(),
         monte_carlo_stderr=error.square().sum().sqrt().item(),

@@ -6,6 +6,8 @@ An `Oracle` gives log mu_{s,t}(x) in closed form (or to integration error); its 
 import math
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,10 +18,13 @@ from catmaps.flow.interpolant import State, interpolate
 CLEAN_GAIN = 1e3  # log-odds of a clean position: exp(-1000) is 0 in fp64, and no infinity meets a zero
 U_MAX = 12.0  # where the exact flow ends: a token is undecided there with probability below 1e-12
 
-# torch's forward mode compiles its decompositions by torch.jit.script at first use, and torch calls that deprecated.
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)
-    torch.func.jvp(torch.exp, (torch.zeros(()),), (torch.ones(()),))
+
+def jvp(function: Callable[..., Any], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> tuple[Any, Any]:
+    """`torch.func.jvp`, silent about torch's own use of the deprecated torch.jit.script in its forward mode."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        value, rate = torch.func.jvp(function, primals, tangents)[:2]
+    return value, rate
 
 
 class Oracle(ABC):
@@ -40,8 +45,7 @@ class Oracle(ABC):
         self, state: State, s: Tensor, t: Tensor, ds: Tensor, dt: Tensor, dx: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         dx = torch.zeros_like(state.x) if dx is None else dx
-        value, rate = torch.func.jvp(self.log_endpoint, (state.x, s, t), (dx, ds, dt))
-        return value, rate
+        return jvp(self.log_endpoint, (state.x, s, t), (dx, ds, dt))
 
     def logits(self, hidden: Tensor, state: State, s: Tensor, t: Tensor) -> Tensor:
         return hidden
@@ -82,9 +86,7 @@ class ExactModel(Oracle):
         """log sum over all texts of p(text) exp(evidence)."""
         return self.log_marginals(evidence)[:, 0].logsumexp(-1)
 
-    def log_prob(
-        self, tokens: Int[Tensor, "b l"], known: Bool[Tensor, "b l"] | None = None
-    ) -> Float[Tensor, "b"]:
+    def log_prob(self, tokens: Int[Tensor, "b l"], known: Bool[Tensor, "b l"] | None = None) -> Float[Tensor, "b"]:
         """log p(tokens), or log p(the other tokens | those `known`)."""
         onehot = torch.nn.functional.one_hot(tokens, self.vocab_size).bool()
         seen = torch.where(onehot, 0.0, -math.inf).double()
@@ -107,8 +109,11 @@ class EnumeratedJoint(ExactModel):
             shape = [len(evidence)] + [1] * self.length
             shape[position + 1] = self.vocab_size
             total = total + evidence[:, position].reshape(shape)
-        rows = [total.movedim(p + 1, 1).reshape(len(total), self.vocab_size, -1).logsumexp(2) for p in range(self.length)]
-        return torch.stack(rows, 1)
+        marginals = []
+        for position in range(self.length):
+            by_token = total.movedim(position + 1, 1).reshape(len(total), self.vocab_size, -1)
+            marginals.append(by_token.logsumexp(2))
+        return torch.stack(marginals, 1)
 
     def entropy(self) -> float:
         return torch.special.entr(self.probabilities).sum().item()
@@ -164,8 +169,8 @@ class MarkovChain(ExactModel):
 class ExactMap(Oracle):
     """The two-time map of a diagonal: the mean of mu along the flow, eq. (5), in the clock u = t / (1 - t).
 
-    There the flow is dy/du = mu(y, u) with y = x / (1 - t), so mu_{s,t} is the plain mean of mu over [u_s, u_t]. It is
-    integrated by `steps` Runge-Kutta steps of fourth order up to u = 12; beyond, every token is decided and mu constant.
+    There the flow is dy/du = mu(y, u) with y = x / (1 - t), so mu_{s,t} is the plain mean of mu over [u_s, u_t]. It
+    is integrated by `steps` fourth-order Runge-Kutta steps up to u = 12, where every token is decided.
     """
 
     def __init__(self, diagonal: Oracle, steps: int = 64) -> None:
@@ -248,13 +253,18 @@ def path_state(model: ExactModel, n: int, t: float | Tensor, seed: int = 0) -> S
     generator = seeded(seed)
     tokens = model.sample(n, generator)
     noise = torch.randn((n, model.length, model.vocab_size), generator=generator, dtype=torch.float64)
-    times = torch.full((n, 1), t, dtype=torch.float64) if isinstance(t, float) else t
+    times = t if isinstance(t, Tensor) else torch.full((n, 1), t, dtype=torch.float64)
     return interpolate(tokens, noise, times)
 
 
-def times_like(state: State, *values: float) -> tuple[Float[Tensor, "b 1"], ...]:
-    """Times (B, 1) of the given values, in the state's dtype."""
-    return tuple(state.x.new_full((state.batch_size, 1), value) for value in values)
+def time_like(state: State, value: float) -> Float[Tensor, "b 1"]:
+    """One time for every sequence of the state, in its dtype."""
+    return state.x.new_full((state.batch_size, 1), value)
+
+
+def times_like(state: State, s: float, t: float) -> tuple[Float[Tensor, "b 1"], Float[Tensor, "b 1"]]:
+    """Two such times."""
+    return time_like(state, s), time_like(state, t)
 
 
 def total_variation(tokens: Int[Tensor, "n l"], probabilities: Tensor) -> float:

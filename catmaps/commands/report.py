@@ -47,9 +47,7 @@ class Report:
         origin = self.base or (Path(run.config.base) if run.config.base else None)
         base = load_run(origin) if origin is not None and (self.base is not None or origin.exists()) else None
         shards = find_shards(run.config)
-        data, bound = collect(
-            run, base, shards, cache_folder(), num=self.num, windows=self.windows, calls=self.calls
-        )
+        data, bound = collect(run, base, shards, cache_folder(), num=self.num, windows=self.windows, calls=self.calls)
         out = self.out or self.run_ / "report.html"
         write_report(out, data)
         rows = {f"{row.series}, {row.calls} calls": row.quality for row in data.rows}

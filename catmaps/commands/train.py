@@ -19,7 +19,7 @@ from catmaps.presets import DISTILLATIONS, PRESETS
 class Train:
     """Train a run's folder. Every field of the configuration is an option; --resume takes none."""
 
-    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+    config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(default_factory=Config)
     out: Path | None = None
     """Folder of the new run; by default runs/PRESET."""
     json: bool = False

@@ -61,7 +61,7 @@ def clock_bins(run: Run, tokens: torch.Tensor, bins: int = 24) -> list[ClockBin]
     for i in range(bins):
         tau = (i + 0.5) / bins
         t = torch.full((len(tokens), 1), run.law.quantile(torch.tensor(tau, dtype=torch.float64)).item())
-        noise = gaussian((*tokens.shape, run.tokenizer.vocab_size), generator).x
+        noise = gaussian((len(tokens), tokens.shape[1], run.tokenizer.vocab_size), generator).x
         log_mu = flow_map.log_endpoint(interpolate(tokens, noise, t), t, t)
         ce = -log_mu.gather(-1, tokens[..., None]).mean().item()
         rows.append(ClockBin(tau, ce, squared_error(log_mu, tokens).mean().item()))
@@ -159,7 +159,10 @@ def _figures(run: Run, bound: Score, metrics: list[dict[str, float]]) -> list[tu
     body, vocabulary = run.network.num_parameters()
     seconds = max((row["seconds"] for row in metrics), default=0.0)
     return [
-        ("test NELBO, bits/char (upper bound)", f"{bound.nats * scale:.3f} ± {bound.windows_stderr * scale:.3f}"),
+        (
+            "test NELBO, bits/char (upper bound)",
+            f"{bound.nats * scale:.3f} ± {bound.windows_stderr * scale:.3f}",
+        ),
         ("parameters", f"{body / 1e6:.2f}M + {vocabulary / 1e6:.2f}M vocabulary"),
         ("training time", f"{seconds / 60:.1f} min"),
         ("tokens seen", f"{max((row['tokens'] for row in metrics), default=0) / 1e6:.1f}M"),

@@ -43,9 +43,7 @@ class NGramTable:
     types: Int64[np.ndarray, "h"]  # different symbols seen after it
 
     @classmethod
-    def build(
-        cls, grams: Int64[np.ndarray, "g"], counts: Int64[np.ndarray, "g"], alphabet: int
-    ) -> "NGramTable":
+    def build(cls, grams: Int64[np.ndarray, "g"], counts: Int64[np.ndarray, "g"], alphabet: int) -> "NGramTable":
         """Index sorted n-grams by their context."""
         context_of = grams // alphabet
         starts = np.flatnonzero(np.diff(context_of, prepend=-1))
@@ -88,9 +86,7 @@ class NGramModel:
             UserError: If there is no text, an id is outside [0, alphabet), or alphabet^order >= 2^63.
         """
         if order < 1 or alphabet < 1 or alphabet**order >= 2**63:
-            raise UserError(
-                f"order {order} over {alphabet} symbols does not fit a 63-bit key: choose another order"
-            )
+            raise UserError(f"order {order} over {alphabet} symbols does not fit a 63-bit key: choose another order")
         symbols, offsets = _concatenate(ids, alphabet)
         tables = []
         for n, keys in _keys_by_length(symbols, order, alphabet):
@@ -100,9 +96,7 @@ class NGramModel:
             tables.append(NGramTable.build(grams, counts, alphabet))
         return cls(order, alphabet, tuple(tables))
 
-    def bits(
-        self, texts: Integer[np.ndarray, "l"] | Sequence[Integer[np.ndarray, "_"]]
-    ) -> Float[np.ndarray, "total"]:
+    def bits(self, texts: Integer[np.ndarray, "l"] | Sequence[Integer[np.ndarray, "_"]]) -> Float[np.ndarray, "total"]:
         """-log2 P of every symbol of the texts (joined into one array), each given up to order - 1 before it.
 
         The first symbols of every text have shorter contexts. Raises as `fit` does.
@@ -114,9 +108,7 @@ class NGramModel:
             probability[inside] = self._interpolate(n, keys[inside], probability[inside])
         return -np.log2(probability)
 
-    def bits_per_char(
-        self, texts: Integer[np.ndarray, "l"] | Sequence[Integer[np.ndarray, "_"]]
-    ) -> BitsPerChar:
+    def bits_per_char(self, texts: Integer[np.ndarray, "l"] | Sequence[Integer[np.ndarray, "_"]]) -> BitsPerChar:
         """Cross-entropy of the texts under the model: all their bits over all their characters.
 
         The standard error is that of a ratio estimate over texts taken as independent draws.

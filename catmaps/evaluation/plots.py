@@ -47,9 +47,7 @@ def training_curve(steps: Sequence[int], losses: Sequence[float], label: str) ->
             width = max(3, len(loss) // 40)
             sums = np.cumsum(np.concatenate([[0.0], loss]))
             mean = (sums[width:] - sums[:-width]) / width
-            axes.plot(
-                step[width // 2 :][: len(mean)], mean, color=COLOURS[0], label=f"mean of {width} points"
-            )
+            axes.plot(step[width // 2 :][: len(mean)], mean, color=COLOURS[0], label=f"mean of {width} points")
             late = loss[len(loss) // 50 :]  # the first steps would flatten all that follows
             room = 0.08 * (late.max() - late.min() + 1e-9)
             axes.set_ylim(late.min() - room, late.max() + room)
@@ -158,9 +156,7 @@ def _svg(figure: Any, title: str) -> str:
     text = text[text.index("<svg") :]
     head, rest = text.split(">", 1)
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)  # the viewBox stays and keeps the proportions
-    return (
-        f'{head} role="img" aria-label="{title}">{re.sub(r"<metadata>.*?</metadata>", "", rest, flags=re.S)}'
-    )
+    return f'{head} role="img" aria-label="{title}">{re.sub(r"<metadata>.*?</metadata>", "", rest, flags=re.S)}'
 
 
 def _matplotlib() -> Any:

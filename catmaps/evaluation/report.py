@@ -223,8 +223,7 @@ def _samples(data: ReportData) -> str:
         return f"<h3>{escape(title)}</h3>" + "".join(f"<blockquote>{escape(t)}</blockquote>" for t in texts)
 
     left = "".join(
-        column(f"{calls} call{'' if calls == 1 else 's'}", texts)
-        for calls, texts in sorted(data.samples.items())
+        column(f"{calls} call{'' if calls == 1 else 's'}", texts) for calls, texts in sorted(data.samples.items())
     )
     right = column("Real text", data.real_samples) if data.real_samples else ""
     columns = "".join(f"<div>{side}</div>" for side in (left, right) if side)

@@ -27,9 +27,7 @@ class InformationClock:
         self.information = torch.zeros(BINS, dtype=torch.float64)
         self.law = clock
 
-    def contributions(
-        self, t: Float[Tensor, "n"], squared_error: Float[Tensor, "n"]
-    ) -> Float[Tensor, "2 64"]:
+    def contributions(self, t: Float[Tensor, "n"], squared_error: Float[Tensor, "n"]) -> Float[Tensor, "2 64"]:
         """What observations add to the histogram's sums and counts; to be summed over processes."""
         t = t.double().cpu()
         rate = t / (1 - t).clamp_min(1 - LAST).pow(3) / self.clock.density(t)
@@ -46,7 +44,9 @@ class InformationClock:
             self.refresh()
 
     def refresh(self) -> None:
-        if bool((self.counts >= self.patience).all()):
+        # Once adapted the law visits quiet bins less, so their counts may sink again: they only have to exist.
+        enough = 1e-3 if bool(self.information.any()) else self.patience
+        if bool((self.counts >= enough).all()):
             self.information = self.sums / self.counts
             self.law = information_uniform(self.clock, self.information, self.uniform_share)
 

@@ -74,9 +74,7 @@ class FlowMap:
         hidden = self.denoiser.encode(state, s, t)
         return self.denoiser.logits(hidden, state, s, t) / self.temperature
 
-    def log_endpoint(
-        self, state: State, s: Float[Tensor, "b #l"], t: Float[Tensor, "b #l"]
-    ) -> Float[Tensor, "b l v"]:
+    def log_endpoint(self, state: State, s: Float[Tensor, "b #l"], t: Float[Tensor, "b #l"]) -> Float[Tensor, "b l v"]:
         """log mu_{s,t}(x) for a state x at time s."""
         return self.logits(state, s, t).log_softmax(-1)
 
@@ -95,7 +93,7 @@ class FlowMap:
     def endpoint_with_tangent(
         self, state: State, s: Tensor, t: Tensor, *, ds: Tensor, dt: Tensor, dx: Tensor | None = None
     ) -> Tangent:
-        """mu_{s,t}(x) and its derivative along (dx, ds, dt), in one pass through the network's hand-written tangents."""
+        """mu_{s,t}(x) and its derivative along (dx, ds, dt), by the network's hand-written tangents."""
         hidden = self.denoiser.encode_with_tangent(state, s, t, ds, dt, dx)
         logits, rate = self.denoiser.logits_with_tangent(hidden, state, (s, t, ds, dt), dx)
         log_mu = (logits / self.temperature).log_softmax(-1)

@@ -76,9 +76,7 @@ def counter_noise(
     return torch.from_numpy(out)
 
 
-def interpolate(
-    tokens: Int[Tensor, "b l"], noise: Float[Tensor, "b l v"], t: Float[Tensor, "b #l"]
-) -> State:
+def interpolate(tokens: Int[Tensor, "b l"], noise: Float[Tensor, "b l v"], t: Float[Tensor, "b #l"]) -> State:
     """x_t = (1 - t) noise + t onehot(tokens), at one time per position.
 
     Source: docs/maths.md eq. (1).
@@ -111,9 +109,7 @@ def renoise(
     return State(ratio[..., None] * state.x + variance.sqrt()[..., None] * noise)
 
 
-def clamp_known(
-    state: State, tokens: Int[Tensor, "b l"] | None, known: Bool[Tensor, "b l"] | None
-) -> State:
+def clamp_known(state: State, tokens: Int[Tensor, "b l"] | None, known: Bool[Tensor, "b l"] | None) -> State:
     """Replaces the known positions by their clean one-hot: time 1. Others are untouched."""
     if known is None or tokens is None:
         return state

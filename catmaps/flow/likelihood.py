@@ -57,8 +57,8 @@ def nelbo(
         law: Law of t; the best is proportional to u times the squared error (`information_uniform`).
         num_samples: Draws per sequence, at least 2.
         t_max: Where the path is cut, in (0, 1).
-        known: Positions given as clean text; the bound is then conditional on them (and on the length) and sums over the
-            others only.
+        known: Positions given as clean text; the bound is then conditional on them (and on the length) and sums
+            over the others only.
         generator: Source of randomness; the global one if None.
         dtype: Of the noise and of the state.
 

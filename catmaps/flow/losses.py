@@ -94,8 +94,8 @@ def psd(flow_map: FlowMap, teacher: FlowMap, state: State, times: Pair, weight: 
 def anchor(flow_map: FlowMap, teacher: FlowMap, state: State, times: Pair, weight: Float[Tensor, "b l"]) -> TokenLoss:
     """KL of short jumps against two solver steps of the frozen base, s -> u -> t: continuity at s = t.
 
-    The same average (10) with the teacher's diagonal, mu_{s,u} ~ mu_{s,s} and mu_{u,t} ~ mu_{u,u}. Its bias vanishes with
-    the gap.
+    The same average (10) with the teacher's diagonal, mu_{s,u} ~ mu_{s,s} and mu_{u,t} ~ mu_{u,u}. Its bias vanishes
+    with the gap.
 
     Source: docs/maths.md (c3), "Anchor it".
     """

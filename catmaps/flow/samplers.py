@@ -21,15 +21,13 @@ def _randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
 
 
-def categorical(
-    probabilities: Float[Tensor, "b l v"], generator: torch.Generator | None = None
-) -> Int[Tensor, "b l"]:
+def categorical(probabilities: Float[Tensor, "b l v"], generator: torch.Generator | None = None) -> Int[Tensor, "b l"]:
     """One draw per position, in fp64: fp32 would never draw events rarer than about 1e-7."""
     cumulative = probabilities.double().cumsum(-1)
     point = torch.rand(probabilities.shape[:-1], generator=generator, dtype=torch.float64, device=cumulative.device)
-    return torch.searchsorted(cumulative, (point * cumulative[..., -1])[..., None])[..., 0].clamp_max(
-        probabilities.shape[-1] - 1
-    )
+    point = (point * cumulative[..., -1])[..., None]
+    # right: a point on an edge belongs to the token above it, never to one of probability 0.
+    return torch.searchsorted(cumulative, point, right=True)[..., 0].clamp_max(probabilities.shape[-1] - 1)
 
 
 def euler(

@@ -33,7 +33,7 @@ class Law:
 
     @classmethod
     def from_cdf(cls, cdf: Callable[[Tensor], Tensor], nodes: int = GRID) -> "Law":
-        """Tabulates a distribution function on [0, 1]; flat stretches get a slope of 1e-9 so that it can be inverted."""
+        """Tabulates a distribution function on [0, 1]; flat stretches get a slope of 1e-9 to be invertible."""
         t = torch.linspace(0, 1, nodes, dtype=torch.float64)
         table = cdf(t).double().cummax(0).values
         table = (table - table[0]) / (table[-1] - table[0])
@@ -140,16 +140,14 @@ def information_uniform(clock: Law, information: Float[Tensor, "bins"], uniform_
 
 
 class Pair(NamedTuple):
-    """Times of an off-diagonal pair, each (B, 1) or (B, L): start s, a middle u inside, end t; s = u = t where clean."""
+    """Times of an off-diagonal pair, (B, 1) or (B, L) each: start s, a middle u inside, end t; s = u = t where clean."""
 
     s: Float[Tensor, "b #l"]
     u: Float[Tensor, "b #l"]
     t: Float[Tensor, "b #l"]
 
 
-def stratified(
-    batch: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
-) -> Float[Tensor, "{batch}"]:
+def stratified(batch: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Float[Tensor, "{batch}"]:
     """One uniform draw in each of `batch` equal cells of [0, 1), in random order, from a rotation and a permutation."""
     shift = torch.rand((), generator=generator, dtype=torch.float64)
     order = torch.randperm(batch, generator=generator)

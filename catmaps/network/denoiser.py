@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from catmaps.network.embedding import BeliefEmbedding, Conditioner, LinearEmbedd
 from catmaps.network.trunk import Trunk
 
 
+@runtime_checkable
 class DenseState(Protocol):
     """What the embedding reads of the flow's state."""
 
@@ -20,11 +21,13 @@ class DenseState(Protocol):
     def x(self) -> Tensor: ...
 
 
+@runtime_checkable
 class Gain(Protocol):
     def __call__(self, s: Tensor, t: Tensor) -> Tensor: ...
     def tangent(self, s: Tensor, t: Tensor, ds: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
+@runtime_checkable
 class Features(Protocol):
     size: int
 
@@ -49,10 +52,10 @@ class NetworkConfig:
     """Add each position's own evidence, gain(s, t) x, to its logits."""
 
     def __post_init__(self) -> None:
-        if self.width % self.heads or self.width // self.heads % 2:
-            raise ValueError(f"width {self.width} must be heads ({self.heads}) times an even number")
         if min(self.width, self.blocks, self.heads, self.conditioning, self.mlp_ratio) < 1:
             raise ValueError("every size of the network must be at least 1")
+        if self.width % self.heads or self.width // self.heads % 2:
+            raise ValueError(f"width {self.width} must be heads ({self.heads}) times an even number")
 
 
 class FlowNetwork(nn.Module):
@@ -69,10 +72,11 @@ class FlowNetwork(nn.Module):
     """
 
     log_prior: Tensor
+    features: Features
+    gain_in: Gain
+    gain_out: Gain
 
-    def __init__(
-        self, config: NetworkConfig, features: nn.Module, gains: tuple[nn.Module, nn.Module], log_prior: Tensor
-    ) -> None:
+    def __init__(self, config: NetworkConfig, features: Features, gains: tuple[Gain, Gain], log_prior: Tensor) -> None:
         super().__init__()
         self.config, self.precision = config, torch.float32
         vocab_size, width = len(log_prior), config.width
@@ -80,8 +84,7 @@ class FlowNetwork(nn.Module):
         self.features, (self.gain_in, self.gain_out) = features, gains
         embedding = BeliefEmbedding if config.input == "belief" else LinearEmbedding
         self.embedding = embedding(vocab_size, width)
-        feature_size: int = features.size  # pyright: ignore[reportAssignmentType]
-        self.conditioner = Conditioner(feature_size, config.conditioning)
+        self.conditioner = Conditioner(features.size, config.conditioning)
         self.trunk = Trunk(width, config.blocks, config.heads, config.conditioning, config.mlp_ratio)
         self.head = nn.Linear(width, vocab_size, bias=False)
         nn.init.zeros_(self.head.weight)

@@ -25,13 +25,21 @@ class BeliefEmbedding(nn.Module):
         nn.init.normal_(self.table.weight)
 
     def forward(
-        self, x: Float[Tensor, "b l v"], gain: Float[Tensor, "b #l"], s: Float[Tensor, "b #l"], log_prior: Tensor
+        self,
+        x: Float[Tensor, "b l v"],
+        gain: Float[Tensor, "b #l"],
+        s: Float[Tensor, "b #l"],
+        log_prior: Tensor,
     ) -> Float[Tensor, "b l d"]:
         del s
         return self.table((log_prior + gain[..., None] * x).softmax(-1))
 
     def forward_with_tangent(
-        self, x: tuple[Tensor, Tensor | None], gain: tuple[Tensor, Tensor], s: tuple[Tensor, Tensor], log_prior: Tensor
+        self,
+        x: tuple[Tensor, Tensor | None],
+        gain: tuple[Tensor, Tensor],
+        s: tuple[Tensor, Tensor],
+        log_prior: Tensor,
     ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b l d"]]:
         del s
         dz = gain[1][..., None] * x[0]
@@ -56,13 +64,21 @@ class LinearEmbedding(nn.Module):
         return ((1 - s).square() + s.square() / self.table.in_features).sqrt()[..., None]
 
     def forward(
-        self, x: Float[Tensor, "b l v"], gain: Float[Tensor, "b #l"], s: Float[Tensor, "b #l"], log_prior: Tensor
+        self,
+        x: Float[Tensor, "b l v"],
+        gain: Float[Tensor, "b #l"],
+        s: Float[Tensor, "b #l"],
+        log_prior: Tensor,
     ) -> Float[Tensor, "b l d"]:
         del gain, log_prior
         return self.table(x / self._rms(s))
 
     def forward_with_tangent(
-        self, x: tuple[Tensor, Tensor | None], gain: tuple[Tensor, Tensor], s: tuple[Tensor, Tensor], log_prior: Tensor
+        self,
+        x: tuple[Tensor, Tensor | None],
+        gain: tuple[Tensor, Tensor],
+        s: tuple[Tensor, Tensor],
+        log_prior: Tensor,
     ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b l d"]]:
         del gain, log_prior
         rms = self._rms(s[0])
@@ -89,8 +105,9 @@ class Conditioner(nn.Module):
 
     def reset_parameters(self) -> None:
         for layer in (*self.start, *self.gap):
+            assert isinstance(layer, nn.Linear)
             layer.reset_parameters()
-        nn.init.zeros_(self.gap[1].weight)
+        nn.init.zeros_(self.gap.get_parameter("1.weight"))
 
     def forward(self, phi_s: Float[Tensor, "b k f"], phi_t: Float[Tensor, "b k f"]) -> Float[Tensor, "b k c"]:
         start = self.start[1](F.silu(self.start[0](phi_s)))
@@ -106,14 +123,15 @@ class Conditioner(nn.Module):
 
 def _mlp(layers: nn.ModuleList, x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     first, second = layers
-    assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
+    assert isinstance(first, nn.Linear)
+    assert isinstance(second, nn.Linear)
     return tangent.linear(second, *tangent.silu(*tangent.linear(first, *x)))
 
 
-def distinct(*times: Float[Tensor, "b l"]) -> tuple[list[Float[Tensor, "b k"]], Tensor | None]:
-    """The distinct tuples of times in each sequence, and each position's index (B, L) among them; None if all share one.
+def distinct(*times: Float[Tensor, "b #l"]) -> tuple[list[Float[Tensor, "b k"]], Tensor | None]:
+    """The distinct tuples of times in each sequence, and each position's index (B, L) among them (None for (B, 1)).
 
-    Conditioning is then computed for k tuples instead of L positions: with prompts k = 2.
+    Conditioning is then computed for k tuples instead of L positions: with prompts k = 2. Unused places repeat others.
     """
     if all(time.shape[1] == 1 for time in times):
         return list(times), None
@@ -123,6 +141,7 @@ def distinct(*times: Float[Tensor, "b l"]) -> tuple[list[Float[Tensor, "b k"]], 
     first = same.int().argmax(-1)
     rank = (first == torch.arange(length, device=first.device)).cumsum(1) - 1
     index = rank.gather(1, first)
-    k = int(index.max()) + 1
-    slots = torch.zeros_like(index[:, :k]).scatter_reduce(1, index, first, "amax", include_self=True)
-    return [time.gather(1, slots) for time in wide], index if k > 1 else None
+    # At least two, whatever this batch holds: shapes then change less often, and compiled code is made less often.
+    k = max(2, int(index.max()) + 1)
+    slots = index.new_zeros(len(index), k).scatter_reduce(1, index, first, "amax", include_self=True)
+    return [time.gather(1, slots) for time in wide], index

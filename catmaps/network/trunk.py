@@ -1,4 +1,4 @@
-"""The transformer: pre-RMSNorm blocks, full attention with RoPE and QK-norm, squared ReLU, adaptive shifts, scales and gates.
+"""The transformer: pre-RMSNorm blocks, full attention with RoPE and QK-norm, squared ReLU, adaptive modulation.
 
 Residual projections start at zero and gates at one, so a new block is the identity and learns from its first step.
 """
@@ -32,17 +32,24 @@ def rotate(x: Float[Tensor, "b h l e"], wave: Float[Tensor, "2 l half"]) -> Floa
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def rope_waves(length: int, head_dim: int, device: torch.device | None = None) -> Float[Tensor, "2 {length} half"]:
-    """cos and sin of position x frequency, base 10,000, fp32."""
-    exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), 10_000.0**-exponent)
+def rope_waves(
+    length: int, head_dim: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "2 {length} half"]:
+    """cos and sin of position x frequency, base 10,000."""
+    exponent = torch.arange(0, head_dim, 2, device=device, dtype=dtype) / head_dim
+    angle = torch.outer(torch.arange(length, device=device, dtype=dtype), 10_000.0**-exponent)
     return torch.stack([angle.cos(), angle.sin()])
+
+
+def head_norm(norm: nn.RMSNorm, x: Float[Tensor, "b h l e"]) -> Float[Tensor, "b h l e"]:
+    """The norm in x's dtype: a weight of another one would keep the fused kernel out, with a warning."""
+    return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
 
 
 def attention(
     q: Float[Tensor, "b h l e"], k: Float[Tensor, "b h l e"], v: Float[Tensor, "b h l e"]
 ) -> Float[Tensor, "b h l e"]:
-    """Full attention by the fastest kernel: on CPUs plain matrix products win up to moderate lengths, above all backward."""
+    """Full attention by the fastest kernel: on CPUs plain matrix products win at moderate lengths, above all backward."""
     if q.device.type != "cpu" or q.shape[-2] > DENSE_LENGTH:
         return F.scaled_dot_product_attention(q, k, v)
     score = (q * q.shape[-1] ** -0.5) @ k.mT
@@ -102,7 +109,7 @@ class Block(nn.Module):
         )
         y = F.rms_norm(x, x.shape[-1:], eps=EPS) * (1 + scale1) + shift1
         q, k, v = self._split_heads(self.qkv(y))
-        q, k = rotate(self.query_norm(q), wave).to(v.dtype), rotate(self.key_norm(k), wave).to(v.dtype)
+        q, k = rotate(head_norm(self.query_norm, q), wave), rotate(head_norm(self.key_norm, k), wave)
         y = attention(q, k, v)
         x = x + (1 + gate1) * self.attention_out(y.transpose(1, 2).flatten(2))
         y = F.rms_norm(x, x.shape[-1:], eps=EPS) * (1 + scale2) + shift2
@@ -168,10 +175,14 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, conditioning, mlp_ratio) for _ in range(blocks))
         self.final_norm = FinalNorm(width, conditioning)
 
+    def _waves(self, x: Tensor) -> Tensor:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return rope_waves(x.shape[1], self.head_dim, x.device, dtype)
+
     def forward(
         self, x: Float[Tensor, "b l d"], condition: Float[Tensor, "b k c"], index: Int[Tensor, "b l"] | None
     ) -> Float[Tensor, "b l d"]:
-        wave = rope_waves(x.shape[1], self.head_dim, x.device)
+        wave = self._waves(x)
         for block in self.blocks:
             x = block(x, condition, index, wave)
         return self.final_norm(x, condition, index)
@@ -183,7 +194,7 @@ class Trunk(nn.Module):
         index: Int[Tensor, "b l"] | None,
     ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b l d"]]:
         """`forward` and its derivative along a tangent of (x, condition)."""
-        wave = rope_waves(x[0].shape[1], self.head_dim, x[0].device)
+        wave = self._waves(x[0])
         for block in self.blocks:
             assert isinstance(block, Block)
             x = block.forward_with_tangent(x, condition, index, wave)

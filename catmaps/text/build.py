@@ -218,9 +218,7 @@ def _check_target(out_dir: Path, overwrite: bool) -> None:
     if not overwrite:
         raise UserError(f"{out_dir} exists: choose another directory, or overwrite it")
     if not (out_dir / MANIFEST_FILE).is_file():
-        raise UserError(
-            f"{out_dir} holds no token shards, so it is not overwritten: choose another directory"
-        )
+        raise UserError(f"{out_dir} holds no token shards, so it is not overwritten: choose another directory")
 
 
 @contextmanager

@@ -81,9 +81,7 @@ def load_manifest(directory: Path) -> Manifest:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error}): build the shards again") from error
     if version != FORMAT_VERSION:
-        raise UserError(
-            f"{file} has format version {version!r}, not {FORMAT_VERSION}: build the shards again"
-        )
+        raise UserError(f"{file} has format version {version!r}, not {FORMAT_VERSION}: build the shards again")
     try:
         return _parsed(content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

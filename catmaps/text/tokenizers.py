@@ -105,9 +105,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size <= len(alphabet):
-        raise UserError(
-            f"a byte-level BPE of {vocab_size} tokens cannot hold 256 bytes and EOS: ask for 257 or more"
-        )
+        raise UserError(f"a byte-level BPE of {vocab_size} tokens cannot hold 256 bytes and EOS: ask for 257 or more")
     tokenizer = hf.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -169,9 +167,7 @@ def from_spec(spec: str, texts_for_training: Iterable[str] | None = None) -> Tok
             raise UserError(f"tokenizer {spec!r} must be trained: give texts, or a trained tokenizer.json")
         return train_bpe(texts_for_training, int(size))
     if not Path(spec).exists():
-        raise UserError(
-            f"unknown tokenizer {spec!r}: use text8, bytes, bpe:SIZE or the path of a tokenizer.json"
-        )
+        raise UserError(f"unknown tokenizer {spec!r}: use text8, bytes, bpe:SIZE or the path of a tokenizer.json")
     return load(Path(spec))
 
 

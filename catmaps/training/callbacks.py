@@ -37,20 +37,32 @@ class MetricsCallback(Callback):
     """Appends to metrics.jsonl, every `log_every` steps, the means since the last line. Shows progress."""
 
     folder: Path = field(default_factory=Path)
+    bounded: set[int] = field(default_factory=set)
+    """Steps whose likelihood bound is on record."""
     _pending: list[dict[str, float]] = field(default_factory=list)
     _began: float = 0.0
     _before: float = 0.0
+    _began_cpu: float = 0.0
+    _before_cpu: float = 0.0
     _progress: Any = None
     _task: Any = None
 
     def pre_train(self) -> None:
-        self._began = time.monotonic()
+        self._began, self._began_cpu = time.monotonic(), time.process_time()
         if get_rank() != 0:
             return
         self._forget_what_was_undone()
-        columns = (TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        columns = (
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+        )
         self._progress = Progress(
-            *columns, TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=Console(stderr=True)
+            *columns,
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
         )
         self._task = self._progress.add_task(
             self.folder.name, total=_module(self).config.training.steps, completed=self.step, note=""
@@ -62,16 +74,20 @@ class MetricsCallback(Callback):
         file = self.folder / METRICS
         if not file.exists():
             return
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        # A process that was killed may have left half a line.
+        rows = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
         kept = [row for row in rows if row["step"] <= self.step]
-        self._before = max((row.get("seconds", 0.0) for row in kept), default=0.0)
+        self.bounded = {row["step"] for row in kept if "nelbo_bits_per_char" in row}
+        self._before = max((row["seconds"] for row in kept), default=0.0)
+        self._before_cpu = max((row["cpu_seconds"] for row in kept), default=0.0)
         file.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         config = _module(self).config
         tokens = step * config.training.batch * config.data.length
         seconds = self._before + time.monotonic() - self._began
-        row = {"step": step, "tokens": tokens, "seconds": round(seconds, 2), **values}
+        cpu = self._before_cpu + time.process_time() - self._began_cpu
+        row = {"step": step, "tokens": tokens, "seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), **values}
         with (self.folder / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -87,6 +103,12 @@ class MetricsCallback(Callback):
                 self._progress.update(self._task, completed=step, note=f"loss {_mean(self._pending, 'loss'):.4f}")
             self._pending = []
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"pending": self._pending}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._pending = state_dict.get("pending", [])
+
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
@@ -101,21 +123,20 @@ class ValidationCallback(Callback):
     every: int = 0
     characters_per_token: float = 1.0
     metrics: MetricsCallback = field(default_factory=MetricsCallback)
-    _last: int = -1
 
     def post_train_batch(self) -> None:
         if self.every and self.step % self.every == 0:
             self.evaluate()
 
     def post_train(self) -> None:
-        if self.every and self._last != self.step:
+        if self.every:
             self.evaluate()
 
     def evaluate(self) -> None:
         """Writes bits per character and its standard error over texts to metrics.jsonl (process 0)."""
-        self._last = self.step
-        if get_rank() != 0 or len(self.tokens) < 2:
+        if get_rank() != 0 or len(self.tokens) < 2 or self.step in self.metrics.bounded:
             return
+        self.metrics.bounded.add(self.step)
         mean, stderr = validation_bound(_module(self), self.tokens)
         scale = 1 / (math.log(2) * self.characters_per_token)
         self.metrics.write(self.step, {"nelbo_bits_per_char": mean * scale, "nelbo_stderr": stderr * scale})

@@ -12,6 +12,7 @@ from olmo_core.train.train_module import EvalBatchSpec, TrainModule
 from torch import Tensor, nn
 
 from catmaps.config import Config
+from catmaps.errors import UserError
 from catmaps.flow.adaptive import InformationClock
 from catmaps.flow.flow_map import FlowMap
 from catmaps.flow.interpolant import counter_noise
@@ -35,7 +36,12 @@ class FlowTrainModule(TrainModule):
     """
 
     def __init__(
-        self, config: Config, network: FlowNetwork, average: FlowNetwork, teacher: FlowNetwork | None, law: Law
+        self,
+        config: Config,
+        network: FlowNetwork,
+        average: FlowNetwork,
+        teacher: FlowNetwork | None,
+        law: Law,
     ) -> None:
         super().__init__()
         self.config, self.network, self.average = config, network, average.requires_grad_(False)
@@ -64,7 +70,11 @@ class FlowTrainModule(TrainModule):
         whole = plan(self.config.objective, self.law, len(tokens) * world, tokens.shape[1], generator)
         noisy = (~whole.known).sum(1).double()
         index = torch.arange(len(tokens)) * world + rank
-        loss, sums, added = torch.zeros(()), torch.zeros(3), torch.zeros(2, len(self.clock.sums), dtype=torch.float64)
+        loss, sums, added = (
+            torch.zeros(()),
+            torch.zeros(3),
+            torch.zeros(2, len(self.clock.sums), dtype=torch.float64),
+        )
         for rows in torch.arange(len(tokens)).split(training.micro_batch):
             noise = counter_noise((training.seed, step), index[rows].numpy(), tokens.shape[1], self.network.vocab_size)
             part = batch_loss(
@@ -101,14 +111,15 @@ class FlowTrainModule(TrainModule):
         for o in self.optimisers:
             o.step()
         decay = min(optimiser.ema, step / (step + 9))
-        own = [p.detach() for p in self.network.parameters()]
-        torch._foreach_lerp_(list(self.average.parameters()), own, 1 - decay)
+        with torch.no_grad():
+            for mean, own in zip(self.average.parameters(), self.network.parameters(), strict=True):
+                mean.lerp_(own, 1 - decay)
         if self._added is not None:
             self.clock.update(self._added, step)
         self.record_metric("gradient_norm", norm, ReduceType.max)
         self.record_metric("rate", torch.tensor(factor), ReduceType.max)
         if not math.isfinite(norm.item()):
-            raise FloatingPointError(f"the gradient is not finite at step {step}; lower optimiser.lr and resume")
+            raise UserError(f"the gradient is not finite at step {step}: start again with smaller learning rates")
 
     def zero_grads(self) -> None:
         for o in self.optimisers:

@@ -1,7 +1,7 @@
 """Optimisers, their parameter groups, and the learning rate over the run."""
 
 import torch
-from torch import nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from catmaps.config import OptimiserConfig
@@ -35,7 +35,7 @@ def build_optimisers(network: FlowNetwork, config: OptimiserConfig) -> list[Opti
     return optimisers
 
 
-def _block_matrices(network: FlowNetwork) -> list[nn.Parameter]:
+def _block_matrices(network: FlowNetwork) -> list[Tensor]:
     blocks = [block for block in network.trunk.blocks if isinstance(block, Block)]
     return [layer.weight for b in blocks for layer in (b.qkv, b.attention_out, b.up, b.down)]
 

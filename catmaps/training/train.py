@@ -12,17 +12,19 @@ import torch.distributed as dist
 
 from catmaps.config import Config, to_json
 from catmaps.errors import UserError
-from catmaps.flow.times import Law
 from catmaps.model import (
     CHECKPOINTS,
+    CLOCK,
     CONFIG,
     MODEL,
     PRECISION,
     TEACHER,
     build_network,
+    compile_blocks,
+    load_run,
     load_weights,
     read_config,
-    read_tensors,
+    read_law,
     starting_law,
     write_law,
 )
@@ -67,28 +69,35 @@ def start(config: Config, folder: Path) -> Config:
     """Makes the folder of a new run, with its configuration, tokenizer, data manifest and, if distilled, teacher.
 
     Raises:
-        UserError: The folder exists, or data and base do not fit.
+        UserError: The folder exists or cannot be made, or data and base do not fit.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and is not empty; continue it with --resume {folder}, or choose another --out")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(
+            f"{folder} exists and is not empty; continue it with --resume {folder}, or choose another --out"
+        )
     shards = find_shards(config)
     tokenizer = tokenizers.load(shards)
     length = config.data.length
     if load_manifest(shards).split("train").tokens < config.training.batch * length:
         raise UserError(f"{shards}: the train split is shorter than one batch; lower training.batch or data.length")
     if config.base is not None:
-        base = tokenizers.load(Path(config.base))
-        if base.token_strings() != tokenizer.token_strings():
+        base = load_run(Path(config.base))  # whole: a missing or damaged part is better found before the folder exists
+        if base.tokenizer.token_strings() != tokenizer.token_strings():
             raise UserError(f"the vocabulary of {shards} is not that of {config.base}; use the data it was trained on")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {folder} ({error.strerror}); choose another --out") from error
     tokenizers.save(tokenizer, folder)
     shutil.copy(shards / MANIFEST_FILE, folder / MANIFEST_FILE)
     if config.base is None:
         write_law(starting_law(config.clock, tokenizer.vocab_size), folder / START_LAW)
     else:
         shutil.copy(Path(config.base) / MODEL, folder / TEACHER)
-        shutil.copy(Path(config.base) / "clock.safetensors", folder / START_LAW)
-    (folder / CONFIG).write_text(to_json(config), encoding="utf-8")
+        shutil.copy(Path(config.base) / CLOCK, folder / START_LAW)
+    draft = folder / f".{CONFIG}.draft"  # other processes wait for the finished file
+    draft.write_text(to_json(config), encoding="utf-8")
+    os.replace(draft, folder / CONFIG)
     return config
 
 
@@ -108,8 +117,7 @@ def _networks(config: Config, folder: Path, shards: Path) -> tuple[FlowNetwork, 
             continue
         net.precision = PRECISION[config.training.precision]
         if config.training.compile:
-            for block in [*net.trunk.blocks, net.trunk.final_norm]:
-                block.compile(dynamic=False)
+            compile_blocks(net)
     return network, average, teacher
 
 
@@ -159,7 +167,7 @@ def _prepare_processes() -> None:
         if not is_distributed():
             init_distributed(backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     for name in ("olmo_core", "torch.distributed.checkpoint"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised, too
 
 
 def train(folder: Path, *, stop_after: int | None = None) -> Outcome:
@@ -176,7 +184,7 @@ def train(folder: Path, *, stop_after: int | None = None) -> Outcome:
         from olmo_core.train.callbacks import CheckpointerCallback
     except ImportError as error:
         raise UserError(EXTRA) from error
-    from catmaps.training.callbacks import ExportCallback, MetricsCallback, ValidationCallback
+    from catmaps.training.callbacks import ExportCallback, MetricsCallback
     from catmaps.training.module import FlowTrainModule
 
     config = read_config(folder)
@@ -185,8 +193,7 @@ def train(folder: Path, *, stop_after: int | None = None) -> Outcome:
         torch.set_num_threads(training.threads)
     _prepare_processes()
     shards = find_shards(config)
-    law = read_tensors(folder / START_LAW)
-    module = FlowTrainModule(config, *_networks(config, folder, shards), Law(law["t"], law["table"]))
+    module = FlowTrainModule(config, *_networks(config, folder, shards), read_law(folder / START_LAW))
     metrics = MetricsCallback(folder=folder)
     trainer = TrainerConfig(
         save_folder=str(folder / CHECKPOINTS),
@@ -196,9 +203,13 @@ def train(folder: Path, *, stop_after: int | None = None) -> Outcome:
         hard_stop=None if stop_after is None else Duration.steps(stop_after),
         metrics_collect_interval=training.log_every,
         cancel_check_interval=1,
+        async_bookkeeping=False,  # asynchronous, a signal may stop processes at different steps, which then hang
         callbacks={
             "checkpointer": CheckpointerCallback(
-                save_interval=training.save_every, save_async=False, pre_train_checkpoint=False, max_checkpoints=2
+                save_interval=training.save_every,
+                save_async=False,
+                pre_train_checkpoint=False,
+                max_checkpoints=2,
             ),
             "export": ExportCallback(folder=folder),
             "metrics": metrics,

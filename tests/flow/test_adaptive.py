@@ -96,9 +96,12 @@ def test_clock_keeps_its_own_law_until_every_bin_was_seen() -> None:
     clock = InformationClock(start, patience=2.0)
     middles = (torch.arange(BINS, dtype=F64) + 0.5) / BINS
     some = clock.contributions(middles[:-1].repeat(4), torch.ones(4 * (BINS - 1)))
+    last = clock.contributions(middles[-1:], torch.ones(1))
     clock.update(some, REFRESH)
     assert clock.law is start
-    clock.update(clock.contributions(middles[-1:].repeat(2), torch.ones(2)), 2 * REFRESH)
+    clock.update(last, 2 * REFRESH)  # seen, but once only
+    assert clock.law is start
+    clock.update(2 * last, 3 * REFRESH)
     assert clock.law is not start
 
 

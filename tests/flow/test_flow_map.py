@@ -8,12 +8,15 @@ from oracle import (
     EnumeratedJoint,
     ExactMap,
     ExactModel,
+    MarkovChain,
     Offset,
     Scaled,
+    jvp,
     path_state,
     random_chain,
     random_joint,
     seeded,
+    time_like,
     times_like,
 )
 from torch import Tensor
@@ -22,9 +25,12 @@ from catmaps.flow.flow_map import FlowMap, kl_divergence
 from catmaps.flow.interpolant import State
 
 JOINT = random_joint(3, 2, seed=1, spread=1.2)
-EXACT = FlowMap(ExactMap(JOINT, steps=96))
-TIMES = [(0.0, 0.45), (0.15, 0.6), (0.4, 0.75), (0.55, 0.8)]
-TOLERANCE = {"rtol": 0.0, "atol": 1e-6}
+EXACT = FlowMap(ExactMap(JOINT, steps=64))
+TIMES = [(0.0, 0.45), (0.15, 0.6), (0.4, 0.75), (0.5, 0.65)]
+
+
+def same(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0.0, atol=1e-6)
 
 
 def jump(x: Tensor, s: Tensor, t: Tensor) -> Tensor:
@@ -48,7 +54,8 @@ def brute_force_posterior(model: EnumeratedJoint, x: Tensor, t: Tensor) -> Tenso
     clean = t >= 1
     scale = torch.where(clean, 1.0, 1 - t)
     distance = (x[:, None] - t[:, None, :, None] * onehot).square().sum(-1)
-    density = torch.where(clean[:, None], torch.where(distance < 1e-9, 0.0, -math.inf), -distance / (2 * scale**2)[:, None])
+    agrees = torch.where(distance < 1e-9, 0.0, -math.inf)
+    density = torch.where(clean[:, None], agrees, -distance / (2 * scale.square())[:, None])
     weight = (model.probabilities.flatten().log() + density.sum(-1)).softmax(-1)
     return torch.einsum("bn,nlk->blk", weight, onehot)
 
@@ -58,7 +65,8 @@ def test_oracle_posterior_is_bayes_rule_with_per_position_times(model: ExactMode
     times = torch.rand(20, model.length, generator=seeded(0), dtype=torch.float64) * 0.8
     times[::2, 1] = 1.0
     state = path_state(model, 20, times, seed=1)
-    table = model if isinstance(model, EnumeratedJoint) else model.enumerate()  # type: ignore[attr-defined]
+    table = model.enumerate() if isinstance(model, MarkovChain) else model
+    assert isinstance(table, EnumeratedJoint)
     expected = brute_force_posterior(table, state.x, times)
     torch.testing.assert_close(FlowMap(model).endpoint(state, times, times), expected, rtol=0, atol=1e-12)
 
@@ -102,7 +110,7 @@ def test_endpoint_jump_and_velocity_follow_their_definitions() -> None:
 def test_velocity_is_the_conditional_mean_of_the_path_direction() -> None:
     # E[x_1 - x_0 | x_t] with x_0 = (x_t - t x_1) / (1 - t): the meaning of (3), which fixes its sign and scale.
     state = path_state(JOINT, 8, 0.4, seed=2)
-    (t,) = times_like(state, 0.4)
+    t = time_like(state, 0.4)
     mean = FlowMap(JOINT).endpoint(state, t, t)
     expected = mean - (state.x - 0.4 * mean) / 0.6
     torch.testing.assert_close(EXACT.velocity(state, t), expected, rtol=1e-9, atol=1e-9)
@@ -114,9 +122,10 @@ def test_temperature_divides_logits_everywhere() -> None:
     hot = FlowMap(ExactMap(JOINT, 8), temperature=2.0)
     plain = FlowMap(Scaled(ExactMap(JOINT, 8), 0.5))
     torch.testing.assert_close(hot.endpoint(state, s, t), plain.endpoint(state, s, t))
-    direction = {"ds": torch.zeros_like(s), "dt": torch.ones_like(t)}
-    first = hot.endpoint_with_tangent(state, s, t, **direction)
-    second = plain.endpoint_with_tangent(state, s, t, **direction)
+    first, second = (
+        flow_map.endpoint_with_tangent(state, s, t, ds=torch.zeros_like(s), dt=torch.ones_like(t))
+        for flow_map in (hot, plain)
+    )
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -178,8 +187,8 @@ def test_identity_5_endpoint_is_the_average_of_posteriors_along_the_flow(s: floa
         k4 = at(x + h * k3, now + h)[1]
         x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
     times = times_like(State(start), s, end)
-    torch.testing.assert_close(EXACT.endpoint(State(start), *times), average, **TOLERANCE)
-    torch.testing.assert_close(EXACT.jump(State(start), *times).x, x, **TOLERANCE)
+    same(EXACT.endpoint(State(start), *times), average)
+    same(EXACT.jump(State(start), *times).x, x)
 
 
 @pytest.mark.parametrize(("s", "t"), TIMES)
@@ -187,36 +196,44 @@ def test_identity_8_lagrangian(s: float, t: float) -> None:
     """d/dt X_{s,t}(x) = v_t(X_{s,t}(x)), and the endpoint form of it."""
     state = path_state(JOINT, 16, s, seed=7)
     start, end = times_like(state, s, t)
-    moved, rate = torch.func.jvp(lambda r: jump(state.x, start, r), (end,), (torch.ones_like(end),))
-    torch.testing.assert_close(rate, velocity(moved, end), **TOLERANCE)
-    mu, dmu = torch.func.jvp(lambda r: EXACT.endpoint(state, start, r), (end,), (torch.ones_like(end),))
+
+    def endpoint_and_jump(r: Tensor) -> tuple[Tensor, Tensor]:
+        mu = EXACT.endpoint(state, start, r)
+        return mu, state.x + ((r - start) / (1 - start))[..., None] * (mu - state.x)
+
+    (mu, moved), (dmu, rate) = jvp(endpoint_and_jump, (end,), (torch.ones_like(end),))
+    same(rate, velocity(moved, end))
     residual = mu - EXACT.endpoint(State(moved), end, end) + (1 - t) * (t - s) / (1 - s) * dmu
-    torch.testing.assert_close(residual, torch.zeros_like(mu), **TOLERANCE)
-    torch.testing.assert_close(residual, (1 - t) * (rate - velocity(moved, end)), **TOLERANCE)
+    same(residual, torch.zeros_like(mu))
+    same(residual, (1 - t) * (rate - velocity(moved, end)))
 
 
 @pytest.mark.parametrize("t", [0.7, 0.8, 1.0])
 @pytest.mark.parametrize(("s", "u"), [(0.0, 0.3), (0.2, 0.6)])
 def test_identity_10_semigroup(s: float, u: float, t: float) -> None:
     state = path_state(JOINT, 16, s, seed=8)
-    start, middle, end = times_like(state, s, u, t)
+    start, middle, end = (time_like(state, time) for time in (s, u, t))
     between = jump(state.x, start, middle)
     first, second = EXACT.endpoint(state, start, middle), EXACT.endpoint(State(between), middle, end)
     a = (u - s) * (1 - t) / ((t - s) * (1 - u))
     long = EXACT.endpoint(state, start, end)
-    torch.testing.assert_close(long, a * first + (1 - a) * second, **TOLERANCE)
-    torch.testing.assert_close(jump(state.x, start, end), jump(between, middle, end), **TOLERANCE)
+    same(long, a * first + (1 - a) * second)
+    same(jump(state.x, start, end), jump(between, middle, end))
 
 
 @pytest.mark.parametrize(("s", "t"), TIMES)
 def test_identity_11_lagrangian_as_a_distribution(s: float, t: float) -> None:
-    """mu_{s,t} = softmax(log mu_{t,t}(X) - log(1 + gamma_c d/dt log mu_{s,t}))."""
+    """mu_{t,t}(X) = mu_{s,t} (1 + gamma_c d/dt log mu_{s,t}), solved for mu_{s,t} where no ratio is tiny."""
     state = path_state(JOINT, 16, s, seed=9)
     start, end = times_like(state, s, t)
-    log_mu, rate = torch.func.jvp(lambda r: EXACT.log_endpoint(state, start, r), (end,), (torch.ones_like(end),))
+    log_mu, rate = jvp(lambda r: EXACT.log_endpoint(state, start, r), (end,), (torch.ones_like(end),))
     ahead = EXACT.log_endpoint(State(jump(state.x, start, end)), end, end)
-    gamma = (t - s) * (1 - t) / (1 - s)
-    torch.testing.assert_close((ahead - torch.log1p(gamma * rate)).softmax(-1), log_mu.exp(), **TOLERANCE)
+    ratio = 1 + (t - s) * (1 - t) / (1 - s) * rate
+    same(ahead.exp(), log_mu.exp() * ratio)
+    even = ratio.amin(-1) > 0.03
+    target = (ahead - ratio.clamp_min(1e-9).log()).softmax(-1)
+    assert bool(even.any())
+    same(target[even], log_mu.exp()[even])
 
 
 @pytest.mark.parametrize(("s", "t"), TIMES)
@@ -225,13 +242,11 @@ def test_identity_12_eulerian(s: float, t: float) -> None:
     state = path_state(JOINT, 16, s, seed=10)
     start, end = times_like(state, s, t)
     along = (velocity(state.x, start), torch.ones_like(start))
-    _, still = torch.func.jvp(lambda x, r: jump(x, r, end), (state.x, start), along)
-    torch.testing.assert_close(still, torch.zeros_like(still), **TOLERANCE)
-    log_mu, delta = torch.func.jvp(
-        lambda x, r: EXACT.log_endpoint(State(x), r, end), (state.x, start), along
-    )
+    _, still = jvp(lambda x, r: jump(x, r, end), (state.x, start), along)
+    same(still, torch.zeros_like(still))
+    log_mu, delta = jvp(lambda x, r: EXACT.log_endpoint(State(x), r, end), (state.x, start), along)
     base = EXACT.log_endpoint(state, start, start)
     ratio = 1 - (1 - s) * (t - s) / (1 - t) * delta
-    torch.testing.assert_close(base.exp(), log_mu.exp() * ratio, **TOLERANCE)
+    same(base.exp(), log_mu.exp() * ratio)
     target = (base - torch.log((1 - t) - (1 - s) * (t - s) * delta)).softmax(-1)
-    torch.testing.assert_close(target, log_mu.exp(), **TOLERANCE)
+    same(target, log_mu.exp())

@@ -37,7 +37,7 @@ def uniform_grid(n: int = 1001) -> Tensor:
 
 
 def error_free_clock(vocab_size: int, t: Tensor) -> Tensor:
-    """tau(t) by another route: the token's coordinate loses to M, the largest of V - 1 normals, with E_M Phi(M - u).
+    """tau(t) by another route: the token loses to M, the largest of V - 1 normals, if M > z + u: E Phi(M - u).
 
     The density of M is (V - 1) phi Phi^(V - 2); composite Gauss-Legendre over m in [-9, 12].
     """
@@ -62,9 +62,7 @@ def test_clock_of_two_symbols_is_a_normal_distribution_function() -> None:
 def test_clock_agrees_with_an_independent_quadrature(vocab_size: int) -> None:
     law = law_of(str(vocab_size))
     at_nodes = law.t[5:-1:16]
-    torch.testing.assert_close(
-        law.cdf(at_nodes), error_free_clock(vocab_size, at_nodes), rtol=0, atol=3e-9
-    )
+    torch.testing.assert_close(law.cdf(at_nodes), error_free_clock(vocab_size, at_nodes), rtol=0, atol=3e-9)
     between = ((law.t[1:] + law.t[:-1]) / 2)[3:-1:8]
     torch.testing.assert_close(law.cdf(between), error_free_clock(vocab_size, between), rtol=0, atol=1e-6)
 
@@ -136,9 +134,7 @@ def test_mixture_adds_distribution_functions() -> None:
     a, b, t = law_of("27"), law_of("logit_normal"), law_of("27").t
     mixed = times.mixture([(3.0, a), (1.0, b)])
     torch.testing.assert_close(mixed.cdf(t), 0.75 * a.cdf(t) + 0.25 * b.cdf(t), rtol=0, atol=2e-9)
-    torch.testing.assert_close(
-        times.warp(27).cdf(t), 0.9 * a.cdf(t) + 0.1 * t, rtol=0, atol=2e-9
-    )
+    torch.testing.assert_close(times.warp(27).cdf(t), 0.9 * a.cdf(t) + 0.1 * t, rtol=0, atol=2e-9)
 
 
 @pytest.mark.parametrize(("mean", "std"), [(-0.4, 1.0), (-1.5, 0.8), (0.5, 0.3)])
@@ -216,6 +212,8 @@ def test_pairs_have_exactly_the_boundary_share_under_stratified_draws(share: flo
     gap, start, boundary = (times.stratified(64, generator) for _ in range(3))
     s, _, t = times.pairs(law_of("warp"), gap, start, boundary, share)
     assert int(((s == 0) & (t == 1)).sum()) == round(64 * share)
+    s, _, t = times.pairs(law_of("warp"), gap, start, torch.zeros(64), 0.0)
+    assert not ((s == 0) & (t == 1)).any()
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7, 64, 1000])

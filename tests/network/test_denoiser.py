@@ -1,138 +1,25 @@
-"""The whole network: its twin methods against torch.func.jvp, its invariances, its start."""
+"""The whole network: its invariances, its start, its precisions. (Its tangents: test_tangent.py.)"""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
+from small_network import F64, KINDS, MODES, B, L, V, fresh, normals, outputs, times_of, trained, twins, used
 from torch import Tensor
 
-from catmaps.flow import times
-from catmaps.flow.evidence import Evidence, bayes_gain
-from catmaps.flow.interpolant import State, interpolate
+from catmaps.flow.evidence import bayes_gain
+from catmaps.flow.interpolant import interpolate
 from catmaps.network import denoiser
-from catmaps.network.denoiser import FlowNetwork, NetworkConfig, smoothed_log_prior, uniform_log_prior
-
-# The first use of torch.func.jvp in a process makes torch load its own scripted decompositions.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-
-F64 = torch.float64
-B, L, V = 3, 6, 7
-Times = tuple[Tensor, Tensor]
-
-
-def fresh(**changes: Any) -> FlowNetwork:
-    """A small network as training starts it, fp32."""
-    torch.manual_seed(0)
-    config = NetworkConfig(**{"width": 16, "blocks": 2, "heads": 2, "conditioning": 8} | changes)
-    evidence = Evidence(times.warp(V))
-    gains = evidence.gain_in, evidence.gain_out
-    return FlowNetwork(config, evidence.features, gains, smoothed_log_prior(torch.arange(1.0, V + 1)))
-
-
-def trained(seed: int = 0, **changes: Any) -> FlowNetwork:
-    """The same in fp64 with every parameter drawn anew, so that nothing is silent."""
-    net, generator = fresh(**changes).double(), torch.Generator().manual_seed(seed)
-    for parameter in net.parameters():
-        fan_in = parameter.shape[-1] if parameter.ndim > 1 else 4
-        parameter.data.normal_(std=fan_in**-0.5, generator=generator)
-    return net
-
-
-def normals(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
-def times_of(kind: str) -> tuple[Times, Times]:
-    """((s, t), (ds, dt)); equal times always have equal tangents."""
-    generator = torch.Generator().manual_seed(5)
-    s, t = torch.rand(2, B, 1 if kind == "shared" else L, generator=generator, dtype=F64).sort(0).values
-    ds, dt = torch.randn(2, *s.shape, generator=generator, dtype=F64)
-    if kind == "prompt":  # two distinct values: noisy, and clean at s = t = 1
-        clean = torch.arange(L) < torch.tensor([[2], [0], [5]])
-        s, t = (torch.where(clean, 1.0, time[:, -1:]) for time in (s, t))
-        ds, dt = (torch.where(clean, 0.0, rate[:, -1:]) for rate in (ds, dt))
-    if kind == "late":  # beyond the clamps of the gain (0.95) and of the log-SNR (0.982)
-        s, t = 0.951 + 0.048 * s, 0.951 + 0.048 * t
-    return (s, t), (ds, dt)
-
-
-def outputs(net: FlowNetwork, x: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """(hidden, logits)."""
-    hidden = net.encode(State(x), s, t)
-    return hidden, net.logits(hidden, State(x), s, t)
-
-
-def twins(
-    net: FlowNetwork, x: Tensor, at: Times, rates: Times, dx: Tensor | None
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """((hidden, logits), their tangents) by the hand-written methods, in the layout of torch.func.jvp."""
-    hidden, dhidden = net.encode_with_tangent(State(x), *at, *rates, dx)
-    logits, dlogits = net.logits_with_tangent((hidden, dhidden), State(x), (*at, *rates), dx)
-    return (hidden, logits), (dhidden, dlogits)
-
-
-MODES = [("belief", True), ("belief", False), ("linear", True), ("linear", False)]
-KINDS = ["shared", "prompt", "many", "late"]
-
-
-@pytest.mark.parametrize(("mode", "skip"), MODES)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("moves", [True, False], ids=["moving", "held"])
-def test_tangents_are_derivatives(mode: str, skip: bool, kind: str, moves: bool) -> None:
-    net, x, dx = trained(input=mode, skip=skip), normals(B, L, V), normals(B, L, V, seed=1)
-    at, rates = times_of(kind)
-    ours = twins(net, x, at, rates, dx if moves else None)
-    direction = (dx if moves else torch.zeros_like(x), *rates)
-    expected = torch.func.jvp(lambda x, s, t: outputs(net, x, s, t), (x, *at), direction)
-    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(ours[0], outputs(net, x, *at), rtol=1e-11, atol=1e-11)
-
-
-def test_equal_times_with_unequal_tangents_keep_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    net, x = trained(), normals(B, L, V)
-    (s, t), _ = times_of("prompt")
-    rates = normals(B, L), normals(B, L, seed=1)
-    ours = twins(net, x, (s, t), rates, None)
-
-    def every_position(*wide: Tensor) -> tuple[list[Tensor], Tensor]:
-        return [time.expand(B, L) for time in wide], torch.arange(L).expand(B, L)
-
-    monkeypatch.setattr(denoiser, "distinct", every_position)
-    expected = torch.func.jvp(lambda s, t: outputs(net, x, s, t), (s, t), rates)
-    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("mode", ["belief", "linear"])
-def test_gradients_through_the_tangents(mode: str) -> None:
-    net, x, dx = trained(input=mode), normals(B, L, V), normals(B, L, V, seed=1)
-    at, rates = times_of("prompt")
-    weights = [normals(B, L, n, seed=seed) for n, seed in ((16, 2), (V, 3), (16, 4), (V, 5))]
-
-    def gradients(pair: Any) -> list[Tensor]:
-        net.zero_grad()
-        parts = (*pair[0], *pair[1])
-        sum(((w * y).sum() for w, y in zip(weights, parts, strict=True)), torch.zeros(())).backward()
-        assert all(p.grad is not None for name, p in net.named_parameters() if used(name, mode))
-        return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in net.parameters()]
-
-    ours = gradients(twins(net, x, at, rates, dx))
-    f = torch.func.jvp(lambda x, s, t: outputs(net, x, s, t), (x, *at), (dx, *rates))
-    torch.testing.assert_close(ours, gradients(f), rtol=1e-9, atol=1e-9)
-
-
-def used(name: str, mode: str = "belief", skip: bool = True) -> bool:
-    """Gains belong to the belief and to the skip: without them they are idle."""
-    return not (name.startswith("gain_in") and mode == "linear" or name.startswith("gain_out") and not skip)
+from catmaps.network.denoiser import NetworkConfig, smoothed_log_prior, uniform_log_prior
 
 
 @pytest.mark.parametrize("mode", ["belief", "linear"])
 def test_one_time_per_sequence_equals_the_same_time_everywhere(mode: str) -> None:
     net, x = trained(input=mode), normals(B, L, V)
     at, rates = times_of("shared")
-    wide_at, wide_rates = (tuple(time.expand(B, L).contiguous() for time in pair) for pair in (at, rates))
-    assert len(wide_at) == len(wide_rates) == 2
+    wide_at, wide_rates = ((a.expand(B, L), b.expand(B, L)) for a, b in (at, rates))
     ours, wide = twins(net, x, at, rates, None), twins(net, x, wide_at, wide_rates, None)
     torch.testing.assert_close(ours, wide, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(outputs(net, x, *at), outputs(net, x, *wide_at), rtol=1e-12, atol=1e-12)
@@ -140,7 +27,7 @@ def test_one_time_per_sequence_equals_the_same_time_everywhere(mode: str) -> Non
 
 def test_a_shared_start_may_meet_an_end_per_position() -> None:
     net, x = trained(), normals(B, L, V)
-    s, t = torch.full((B, 1), 0.2, dtype=F64), 0.2 + 0.8 * torch.rand(B, L, dtype=F64)
+    s, t = torch.full((B, 1), 0.2, dtype=F64), times_of("many")[0][1] * 0.8 + 0.2
     torch.testing.assert_close(outputs(net, x, s, t), outputs(net, x, s.expand(B, L), t))
     one, ones = torch.ones(B, 1, dtype=F64), torch.ones(B, L, dtype=F64)
     wide = twins(net, x, (s.expand(B, L), t), (ones, ones), None)
@@ -257,9 +144,7 @@ def diagonal_step() -> Step:
 
 
 @pytest.mark.parametrize(("mode", "skip"), MODES)
-def test_every_parameter_gets_a_gradient_on_the_diagonal(
-    mode: Literal["belief", "linear"], skip: bool
-) -> None:
+def test_every_parameter_gets_a_gradient_on_the_diagonal(mode: Literal["belief", "linear"], skip: bool) -> None:
     net, step = fresh(input=mode, skip=skip), diagonal_step()
     _, logits = outputs(net, step.x, step.t, step.t)
     F.cross_entropy(logits.flatten(0, 1), step.tokens.flatten()).backward()
@@ -283,9 +168,7 @@ def test_bfloat16_stays_close_to_single_precision(mode: str) -> None:
     assert ((rough - exact).norm() / exact.norm()).item() < 0.05
     low[0][1].square().mean().backward()
     assert all(
-        p.grad is not None and p.grad.dtype == torch.float32
-        for name, p in net.named_parameters()
-        if used(name, mode)
+        p.grad is not None and p.grad.dtype == torch.float32 for name, p in net.named_parameters() if used(name, mode)
     )
 
 
@@ -307,7 +190,7 @@ def test_parameters_are_counted_apart() -> None:
     assert net.vocab_size == V
     assert vocabulary == 2 * V * 16
     assert body + vocabulary == sum(p.numel() for p in net.parameters())
-    blocks, features = 2, net.conditioner.start[0].in_features
+    blocks, features = 2, net.features.size
     block = 16 * 48 + 16 * 16 + 2 * 16 * 64 + 2 * 8 + (8 + 1) * 96
     gains = 2 * (2 * 16 + 16 + 16 + 2)
     time = (features + 1) * 8 + (8 + 1) * 8 + features * 8 + 8 * 8

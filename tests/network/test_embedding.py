@@ -95,9 +95,7 @@ def test_new_gap_embedder_does_not_see_the_gap() -> None:
     phi_s, phi_t = torch.randn(2, B, 3, 6, generator=torch.Generator().manual_seed(0))
     assert torch.equal(conditioner(phi_s, phi_t), conditioner(phi_s, phi_s))
     randomise(conditioner)
-    assert not torch.allclose(
-        conditioner(phi_s.double(), phi_t.double()), conditioner(phi_s.double(), phi_s.double())
-    )
+    assert not torch.allclose(conditioner(phi_s.double(), phi_t.double()), conditioner(phi_s.double(), phi_s.double()))
 
 
 def test_tangent_of_the_conditioner() -> None:
@@ -120,16 +118,16 @@ def test_distinct_returns_the_tuples_of_times_and_where_they_are() -> None:
     assert int(index[1].max()) == 1
 
 
-def test_distinct_of_one_tuple_needs_no_index() -> None:
+def test_distinct_of_one_tuple_needs_an_index_only_if_given_per_position() -> None:
     s, t = torch.tensor([[0.1], [0.2]]), torch.tensor([[0.3], [0.4]])
     values, index = distinct(s, t)
     assert index is None
     assert torch.equal(values[0], s)
     assert torch.equal(values[1], t)
-    values, index = distinct(s.expand(2, 6), t.expand(2, 6))
-    assert index is None
-    assert torch.equal(values[0], s)
-    assert torch.equal(values[1], t)
+    (s_k, t_k), index = distinct(s.expand(2, 6), t.expand(2, 6))
+    assert index is not None
+    assert torch.equal(s_k.gather(1, index), s.expand(2, 6))
+    assert torch.equal(t_k.gather(1, index), t.expand(2, 6))
 
 
 def test_distinct_broadcasts_a_shared_start_over_many_ends() -> None:

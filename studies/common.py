@@ -1,0 +1,49 @@
+"""What all studies share: trainings in parallel one-core processes, and records that say where figures come from."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, versions and commit."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    return {"processor": model, "cores": os.cpu_count(), "commit": commit, **versions}
+
+
+def record(name: str, figures: dict[str, Any]) -> Path:
+    """Writes results/NAME.json with the command, the machine and the date."""
+    RESULTS.mkdir(exist_ok=True)
+    command = " ".join(["python", f"studies/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    head = {"command": command, "date": time.strftime("%Y-%m-%d"), "machine": machine()}
+    file = RESULTS / f"{name}.json"
+    file.write_text(json.dumps({**head, **figures}, indent=1) + "\n", encoding="utf-8")
+    return file
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def in_parallel(work: Callable[[T], R], jobs: Iterable[T], workers: int) -> list[R]:
+    """Does jobs in processes of one thread each, in order."""
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+        return list(pool.map(work, jobs))

@@ -1,0 +1,81 @@
+"""Is a flow map in a few calls as good as its base in 64 Euler steps?
+
+Rows: the map at 1, 2, 4, 8 calls, the base at 4, 16, 64, and texts of known worth (independent letters, Markov chains,
+which must fail, and held-out text, which must pass). Measures, docs/log.md: forward order-6 bits, reverse order-4
+bits of held-out text under a model of the samples, token entropy and word distinct-2 beside held-out text.
+"""
+
+import argparse
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from common import in_parallel, record
+from rich.console import Console
+
+from catmaps.evaluation.collect import build_judge, judge_length
+from catmaps.evaluation.judge import Judge
+from catmaps.evaluation.quality import HELDOUT, Bars, Quality, control_rows, quality, quality_table, verdict
+from catmaps.generation import SamplingConfig, generate_texts
+from catmaps.model import compile_blocks, load_run
+from catmaps.training.train import cache_folder, find_shards
+
+Job = tuple[Path, int, str, int, int]
+
+
+def draw(job: Job) -> list[str]:
+    """(run, steps, sampler, texts, seed) -> texts."""
+    path, steps, sampler, num, seed = job
+    run = load_run(path)
+    compile_blocks(run.network)
+    return generate_texts(run, num, SamplingConfig(steps=steps, sampler=sampler, seed=seed, batch=128))
+
+
+def rows(jobs: dict[str, Job], judge: Judge, workers: int) -> dict[str, Quality]:
+    """Quality by name; every job is dealt to all workers in equal parts."""
+    parts = [
+        (path, steps, sampler, math.ceil(num / workers), seed + 1000 * worker)
+        for path, steps, sampler, num, seed in jobs.values()
+        for worker in range(workers)
+    ]
+    texts = in_parallel(draw, parts, workers)
+    grouped = [[text for part in texts[i * workers : (i + 1) * workers] for text in part] for i in range(len(jobs))]
+    return {name: quality(group, judge) for name, group in zip(jobs, grouped, strict=True)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("map", type=Path)
+    parser.add_argument("base", type=Path)
+    parser.add_argument("--characters", type=int, default=1_000_000, help="of samples per row")
+    parser.add_argument("--workers", type=int, default=2, help="one-core processes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--name", default="few_steps", help="of the record")
+    options = parser.parse_args()
+    run = load_run(options.map)
+    judge = build_judge(find_shards(run.config), run.tokenizer, cache_folder())
+    length = judge_length(run, judge)
+    num = math.ceil(options.characters / length / options.workers) * options.workers
+    jobs: dict[str, Job] = {f"map, {n} calls": (options.map, n, "flow_map", num, options.seed) for n in (1, 2, 4, 8)}
+    jobs |= {f"base, {n} Euler steps": (options.base, n, "euler", num, options.seed) for n in (4, 16, 64)}
+    measured = rows(jobs, judge, options.workers)
+    controls = control_rows(judge, length, num, np.random.default_rng(options.seed))
+    everything = {**measured, **controls}
+    base, reference = measured["base, 64 Euler steps"], controls[HELDOUT]
+    Console(width=150).print(quality_table(everything, reference))
+    verdicts = {}
+    for name, row in everything.items():
+        bars = Bars(forward=1.2, reverse=1.2) if name == "map, 1 calls" else Bars()
+        verdicts[name] = verdict(row, base, reference, bars)
+        print(f"{name:24} {'passes' if verdicts[name].passed else 'fails'}  {verdicts[name]}")
+    figures = {
+        "rows": {name: asdict(row) for name, row in everything.items()},
+        "verdicts": {name: asdict(v) | {"passed": v.passed} for name, v in verdicts.items()},
+        "seed": options.seed,
+    }
+    print(record(options.name, figures))
+
+
+if __name__ == "__main__":
+    main()
