@@ -107,9 +107,10 @@ def run(name: str, args: list[str]) -> int:
     to = io.StringIO() if not speaks else sys.stderr if command.json else sys.stdout
     with contextlib.redirect_stdout(to):
         result = command.run()
+    status = int(result.pop("exit_status", 0))
     if command.json and speaks:
         sys.stdout.write(json.dumps(_finite(result), allow_nan=False) + "\n")
-    return int(result.pop("exit_status", 0))
+    return status
 
 
 def _finite(value: Any) -> Any:

@@ -155,4 +155,4 @@ def _value(kind: Any, value: Any, name: str) -> Any:
     wanted = (int, float) if kind is float else kind
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{name} must be of type {getattr(kind, '__name__', kind)}, not {value!r}")
-    return value
+    return float(value) if kind is float else value

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -68,11 +67,11 @@ def generate(
     times = grid(run.law, config.steps)
     length = length or run.config.data.length
     for first in range(0, num, config.batch):
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + first)
+        generator = run.generator(config.seed * 1_000_003 + first)
         # The last batch is drawn whole and cut, so that a text does not depend on how many were asked for.
         shape = (config.batch if num > config.batch else num, length, run.tokenizer.vocab_size)
         drawn = sample(flow_map, SAMPLERS[config.sampler], times, shape, generator=generator, watch=watch)
-        yield drawn[: num - first]
+        yield drawn[: num - first].cpu()
 
 
 def generate_texts(run: Run, num: int, config: SamplingConfig) -> list[str]:

@@ -36,6 +36,13 @@ def _warp(vocab_size: int) -> Law:
     return times.warp(vocab_size)
 
 
+def best_device() -> torch.device:
+    """The accelerator of this process if there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
 def build_network(config: NetworkConfig, log_prior: Float[Tensor, "v"]) -> FlowNetwork:
     """A fresh network; its time features run on the decoding-error warp of its vocabulary."""
     features = TimeFeatures(_warp(len(log_prior)))
@@ -64,6 +71,14 @@ class Run:
     network: FlowNetwork
     tokenizer: Tokenizer
     law: Law
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.log_prior.device
+
+    def generator(self, seed: int) -> torch.Generator:
+        """A source of randomness on the run's device."""
+        return torch.Generator(self.device).manual_seed(seed)
 
     @property
     def flow_map(self) -> FlowMap:
@@ -99,7 +114,7 @@ def load_run(path: Path) -> Run:
     network = build_network(config.network, torch.zeros(tokenizer.vocab_size))
     load_weights(network, path / MODEL)
     network.precision = PRECISION[config.training.precision]
-    return Run(path, config, network.eval().requires_grad_(False), tokenizer, read_law(path / CLOCK))
+    return Run(path, config, network.eval().requires_grad_(False).to(best_device()), tokenizer, read_law(path / CLOCK))
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

@@ -22,13 +22,13 @@ def tiny() -> Config:
 
 def small() -> Config:
     """27 symbols, 4.5M parameters: about 20 minutes on 2 cores."""
-    return Config(optimiser=OptimiserConfig(warmup=60, ema=0.998), training=TrainingConfig(steps=3000))
+    return Config(optimiser=OptimiserConfig(warmup=60, ema=0.998), training=TrainingConfig(steps=2600))
 
 
 def quickstart() -> Config:
     """`small`, shorter: about 6 minutes on 2 cores."""
     base = small()
-    return replace(base, optimiser=replace(base.optimiser, ema=0.99), training=replace(base.training, steps=900))
+    return replace(base, optimiser=replace(base.optimiser, ema=0.99), training=replace(base.training, steps=800))
 
 
 def _scaled(width: int, blocks: int, heads: int, batch: int, steps: int, lr: float) -> Config:
@@ -68,12 +68,12 @@ def _distilled(base: Config, steps: int) -> Config:
 
 def distill(base: Config) -> Config:
     """Distils the base of a run: about 15 minutes on 2 cores for `small`."""
-    return _distilled(base, steps=1500)
+    return _distilled(base, steps=1300)
 
 
 def distill_quickstart(base: Config) -> Config:
     """`distill`, shorter: about 4 minutes on 2 cores."""
-    return _distilled(base, steps=400)
+    return _distilled(base, steps=350)
 
 
 PRESETS: dict[str, Callable[[], Config]] = {

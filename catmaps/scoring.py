@@ -70,8 +70,12 @@ def score(
     parts = [part for part in windows.split(batch)] + ([] if tail is None else [tail])
     if not any(len(part) for part in parts):
         raise UserError("there is nothing to score: the text is empty after normalisation")
-    generator = torch.Generator().manual_seed(seed)
-    bounds = [nelbo(run.flow_map, p, run.law, num_samples=num_samples, generator=generator) for p in parts if len(p)]
+    generator, device = run.generator(seed), run.device
+    bounds = [
+        nelbo(run.flow_map, part.to(device), run.law, num_samples=num_samples, generator=generator)
+        for part in parts
+        if len(part)
+    ]
     nats, error = torch.cat([b.nats for b in bounds]), torch.cat([b.stderr for b in bounds])
     # Decoded as one: a window may end inside a character.
     text = run.tokenizer.decode(torch.cat([part.flatten() for part in parts]).numpy())

@@ -1,6 +1,6 @@
 """Is a flow map in a few calls as good as its base in 64 Euler steps?
 
-Rows: the map at 1, 2, 4, 8 calls, the base at 4, 16, 64, and texts of known worth (independent letters, Markov chains,
+Rows: the map at 1, 2, 4 calls, the base at 4 and 64 steps, and texts of known worth (independent letters, Markov chains,
 which must fail, and held-out text, which must pass). Measures, docs/log.md: forward order-6 bits, reverse order-4
 bits of held-out text under a model of the samples, token entropy and word distinct-2 beside held-out text.
 """
@@ -57,8 +57,8 @@ def main() -> None:
     judge = build_judge(find_shards(run.config), run.tokenizer, cache_folder())
     length = judge_length(run, judge)
     num = math.ceil(options.characters / length / options.workers) * options.workers
-    jobs: dict[str, Job] = {f"map, {n} calls": (options.map, n, "flow_map", num, options.seed) for n in (1, 2, 4, 8)}
-    jobs |= {f"base, {n} Euler steps": (options.base, n, "euler", num, options.seed) for n in (4, 16, 64)}
+    jobs: dict[str, Job] = {f"map, {n} calls": (options.map, n, "flow_map", num, options.seed) for n in (1, 2, 4)}
+    jobs |= {f"base, {n} Euler steps": (options.base, n, "euler", num, options.seed) for n in (4, 64)}
     measured = rows(jobs, judge, options.workers)
     controls = control_rows(judge, length, num, np.random.default_rng(options.seed))
     everything = {**measured, **controls}

@@ -18,7 +18,7 @@ from catmaps.network.denoiser import NetworkConfig
 from catmaps.training.train import find_shards, start, train
 
 Job = tuple[Path, str, Literal["belief", "linear"], int, int]
-SHAPES = {"text8": (128, 32), "bpe:4096": (64, 16)}  # tokens per sequence, sequences per step
+SHAPES = {"text8": (128, 32), "bpe:4096": (64, 32)}  # tokens per sequence, sequences per step
 
 
 def one(job: Job) -> dict[str, float]:
@@ -56,7 +56,7 @@ def one(job: Job) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/inputs"))
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     jobs: list[Job] = [

@@ -53,7 +53,7 @@ class Sample:
 
         def watch(t: float, endpoint: Any) -> None:
             if self.show_trajectory and len(drafts) < config.steps:
-                drafts.append((t, run.tokenizer.decode(endpoint[0].argmax(-1).numpy())))
+                drafts.append((t, run.tokenizer.decode(endpoint[0].argmax(-1).cpu().numpy())))
                 print(f"t = {t:.3f}  {drafts[-1][1]}")
 
         began, texts = time.monotonic(), []

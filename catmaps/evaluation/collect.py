@@ -57,10 +57,13 @@ def read_metrics(run: Run) -> list[dict[str, float]]:
 @torch.inference_mode()
 def clock_bins(run: Run, tokens: torch.Tensor, bins: int = 24) -> list[ClockBin]:
     """Cross-entropy and squared error of the diagonal over the run's clock, on held-out text."""
-    flow_map, generator, rows = FlowMap(run.network), torch.Generator().manual_seed(0), []
+    flow_map, generator, rows = FlowMap(run.network), run.generator(0), []
+    tokens = tokens.to(run.device)
     for i in range(bins):
         tau = (i + 0.5) / bins
-        t = torch.full((len(tokens), 1), run.law.quantile(torch.tensor(tau, dtype=torch.float64)).item())
+        t = torch.full(
+            (len(tokens), 1), run.law.quantile(torch.tensor(tau, dtype=torch.float64)).item(), device=run.device
+        )
         noise = gaussian((len(tokens), tokens.shape[1], run.tokenizer.vocab_size), generator).x
         log_mu = flow_map.log_endpoint(interpolate(tokens, noise, t), t, t)
         ce = -log_mu.gather(-1, tokens[..., None]).mean().item()

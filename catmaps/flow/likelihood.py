@@ -59,7 +59,7 @@ def nelbo(
         t_max: Where the path is cut, in (0, 1).
         known: Positions given as clean text; the bound is then conditional on them (and on the length) and sums
             over the others only.
-        generator: Source of randomness; the global one if None.
+        generator: Source of randomness, on the tokens' device; the global one if None.
         dtype: Of the noise and of the state.
 
     Returns:
@@ -77,25 +77,21 @@ def nelbo(
 
     def log_posterior(t: Tensor) -> Tensor:
         times = t[:, None] if known is None else torch.where(known, 1.0, t[:, None])
-        noise = torch.randn(
-            (batch, length, _vocab_size(flow_map)), generator=generator, dtype=dtype, device=tokens.device
-        )
+        shape = (batch, length, flow_map.denoiser.vocab_size)
+        noise = torch.randn(shape, generator=generator, dtype=dtype, device=tokens.device)
         return flow_map.log_endpoint(interpolate(tokens, noise, times), times, times)
 
     draws = torch.empty(num_samples, batch, dtype=torch.float64)
     for i in range(num_samples):
-        q = (i + torch.rand(batch, generator=generator, dtype=torch.float64)) / num_samples * cut
+        place = torch.rand(batch, generator=generator, dtype=torch.float64, device=tokens.device)
+        q = (i + place) / num_samples * cut
         t = law.quantile(q).clamp_max(t_max)
         rate = t / (1 - t).pow(3)  # u du/dt
         error = (squared_error(log_posterior(t.to(dtype)), tokens) * scored).sum(-1)
-        draws[i] = rate / law.density(t) * cut * error.double()
+        draws[i] = (rate / law.density(t) * cut * error.double()).cpu()
     rest = torch.empty(2, batch, dtype=torch.float64)  # two draws: the end's noise belongs to the standard error
     for i in range(2):
-        log_mu = log_posterior(torch.full((batch,), t_max, dtype=dtype))
-        rest[i] = -(log_mu.gather(-1, tokens[..., None])[..., 0] * scored).sum(-1).double()
+        log_mu = log_posterior(torch.full((batch,), t_max, dtype=dtype, device=tokens.device))
+        rest[i] = -(log_mu.gather(-1, tokens[..., None])[..., 0] * scored).sum(-1).double().cpu()
     variance = draws.var(0) / num_samples + rest.var(0) / 2
     return Bound(draws.mean(0) + rest.mean(0), variance.sqrt())
-
-
-def _vocab_size(flow_map: FlowMap) -> int:
-    return flow_map.denoiser.vocab_size

@@ -54,9 +54,10 @@ class Plan(NamedTuple):
     known: Bool[Tensor, "b l"]
     """Clean positions, which carry no loss."""
 
-    def rows(self, index: Tensor) -> "Plan":
-        s, u, t = self.times
-        return Plan(self.role[index], Pair(s[index], u[index], t[index]), self.known[index])
+    def rows(self, index: Tensor, device: torch.device | None = None) -> "Plan":
+        """The draws of some sequences, moved to a device."""
+        times = Pair(*(time[index].to(device) for time in self.times))
+        return Plan(self.role[index].to(device), times, self.known[index].to(device))
 
 
 def plan(config: ObjectiveConfig, law: Law, batch: int, length: int, generator: torch.Generator) -> Plan:

@@ -140,7 +140,7 @@ def information_uniform(clock: Law, information: Float[Tensor, "bins"], uniform_
 
 
 class Pair(NamedTuple):
-    """Times of an off-diagonal pair, (B, 1) or (B, L) each: start s, a middle u inside, end t; s = u = t where clean."""
+    """Times of an off-diagonal pair, (B, 1) or (B, L) each: start s, middle u, end t; s = u = t where clean."""
 
     s: Float[Tensor, "b #l"]
     u: Float[Tensor, "b #l"]

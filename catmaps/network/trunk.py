@@ -49,7 +49,7 @@ def head_norm(norm: nn.RMSNorm, x: Float[Tensor, "b h l e"]) -> Float[Tensor, "b
 def attention(
     q: Float[Tensor, "b h l e"], k: Float[Tensor, "b h l e"], v: Float[Tensor, "b h l e"]
 ) -> Float[Tensor, "b h l e"]:
-    """Full attention by the fastest kernel: on CPUs plain matrix products win at moderate lengths, above all backward."""
+    """Full attention by the fastest kernel: plain matrix products on CPUs at moderate lengths."""
     if q.device.type != "cpu" or q.shape[-2] > DENSE_LENGTH:
         return F.scaled_dot_product_attention(q, k, v)
     score = (q * q.shape[-1] ** -0.5) @ k.mT

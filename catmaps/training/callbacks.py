@@ -145,9 +145,13 @@ class ValidationCallback(Callback):
 def validation_bound(module: FlowTrainModule, tokens: Int[Tensor, "n l"]) -> tuple[float, float]:
     """Mean and standard error over texts of the bound (14), nats per token, with fixed random numbers."""
     flow_map, size = FlowMap(module.average), module.config.training.micro_batch
-    generator = torch.Generator().manual_seed(0)
+    device = module.network.log_prior.device
+    generator = torch.Generator(device).manual_seed(0)
     nats = torch.cat(
-        [nelbo(flow_map, part, module.law, num_samples=8, generator=generator).nats for part in tokens.split(size)]
+        [
+            nelbo(flow_map, part.to(device), module.law, num_samples=8, generator=generator).nats
+            for part in tokens.split(size)
+        ]
     )
     per_token = nats / tokens.shape[1]
     return per_token.mean().item(), (per_token.std() / math.sqrt(len(per_token))).item()

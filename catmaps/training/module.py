@@ -64,17 +64,15 @@ class FlowTrainModule(TrainModule):
     def train_batch(self, batch: dict[str, Any], dry_run: bool = False) -> None:
         """Forward and backward of this process's share; a dry run compiles and changes nothing."""
         training, rank, world = self.config.training, get_rank(), get_world_size()
-        tokens = batch["input_ids"].long()
+        device = self.network.log_prior.device
+        tokens = batch["input_ids"].long().to(device)
         step = 0 if dry_run else self.trainer.global_step
         generator = torch.Generator().manual_seed(training.seed * 1_000_003 + step)
         whole = plan(self.config.objective, self.law, len(tokens) * world, tokens.shape[1], generator)
         noisy = (~whole.known).sum(1).double()
         index = torch.arange(len(tokens)) * world + rank
-        loss, sums, added = (
-            torch.zeros(()),
-            torch.zeros(3),
-            torch.zeros(2, len(self.clock.sums), dtype=torch.float64),
-        )
+        loss, sums = torch.zeros((), device=device), torch.zeros(3, device=device)
+        added = torch.zeros(2, len(self.clock.sums), dtype=torch.float64)
         for rows in torch.arange(len(tokens)).split(training.micro_batch):
             noise = counter_noise((training.seed, step), index[rows].numpy(), tokens.shape[1], self.network.vocab_size)
             part = batch_loss(
@@ -82,8 +80,8 @@ class FlowTrainModule(TrainModule):
                 self.teacher,
                 self.config.objective,
                 tokens[rows],
-                noise,
-                whole.rows(index[rows]),
+                noise.to(device),
+                whole.rows(index[rows], device),
                 noisy.sum().item(),
             )
             part.total.backward()

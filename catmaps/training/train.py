@@ -19,6 +19,7 @@ from catmaps.model import (
     MODEL,
     PRECISION,
     TEACHER,
+    best_device,
     build_network,
     compile_blocks,
     load_run,
@@ -115,6 +116,7 @@ def _networks(config: Config, folder: Path, shards: Path) -> tuple[FlowNetwork, 
     for net in (network, average, teacher):
         if net is None:
             continue
+        net.to(best_device())
         net.precision = PRECISION[config.training.precision]
         if config.training.compile:
             compile_blocks(net)

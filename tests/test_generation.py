@@ -1,0 +1,132 @@
+"""Texts from a run: how many, how long, and what a seed means."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from catmaps.errors import UserError
+from catmaps.flow.samplers import SAMPLERS
+from catmaps.generation import SamplingConfig, default_sampling, generate, generate_texts
+from catmaps.model import Run, load_run
+from catmaps.network.denoiser import FlowNetwork
+
+CONFIG = SamplingConfig(steps=3, batch=4, seed=5)
+
+
+@pytest.fixture(scope="module")
+def base(base_run: Path) -> Run:
+    return load_run(base_run)
+
+
+@pytest.fixture(scope="module")
+def map_(map_run: Path) -> Run:
+    return load_run(map_run)
+
+
+@pytest.fixture
+def calls() -> Iterator[list[int]]:
+    """The batch sizes of the network's calls."""
+    seen: list[int] = []
+    encode = FlowNetwork.encode
+
+    def counted(net: FlowNetwork, state, s, t) -> torch.Tensor:  # noqa: ANN001
+        seen.append(len(s))
+        return encode(net, state, s, t)
+
+    with patch.object(FlowNetwork, "encode", counted):
+        yield seen
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_seed_gives_the_same_texts_and_another_seed_others(sampler: str, map_: Run) -> None:
+    config = replace(CONFIG, sampler=sampler)
+    texts = generate_texts(map_, 6, config)
+    assert generate_texts(map_, 6, config) == texts
+    assert generate_texts(map_, 6, replace(config, seed=6)) != texts
+    assert len(set(texts)) == 6  # batches have their own noise
+
+
+def test_seeds_do_not_depend_on_the_global_generator(map_: Run) -> None:
+    texts = generate_texts(map_, 4, replace(CONFIG, sampler="renoise"))
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    assert generate_texts(map_, 4, replace(CONFIG, sampler="renoise")) == texts
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("num", [1, 3, 4, 5, 9])
+def test_as_many_texts_as_asked_for(num: int, map_: Run) -> None:
+    batches = list(generate(map_, num, CONFIG))
+    assert [len(batch) for batch in batches] == [4] * (num // 4) + ([num % 4] if num % 4 else [])
+    for batch in batches:
+        assert batch.shape[1] == 16
+        assert batch.dtype == torch.int64
+        assert bool(((batch >= 0) & (batch < 27)).all())
+    assert all(len(text) == 16 for text in generate_texts(map_, num, CONFIG))
+
+
+def test_first_texts_do_not_depend_on_how_many_follow(map_: Run) -> None:
+    many = generate_texts(map_, 13, CONFIG)
+    for num in (4, 5, 7, 8, 9):
+        assert generate_texts(map_, num, CONFIG) == many[:num]
+
+
+def test_lengths_may_differ_from_training(map_: Run) -> None:
+    for length in (1, 7, 40):
+        assert [batch.shape for batch in generate(map_, 2, CONFIG, length=length)] == [(2, length)]
+
+
+def test_calls_are_what_the_configuration_says(map_: Run, calls: list[int]) -> None:
+    for sampler in SAMPLERS:
+        calls.clear()
+        config = replace(CONFIG, sampler=sampler)
+        list(generate(map_, 4, config))
+        assert len(calls) == config.calls == (5 if sampler == "heun" else 3)
+        assert set(calls) == {4}
+
+
+def test_a_map_jumps_and_a_base_is_followed(base: Run, map_: Run) -> None:
+    assert (default_sampling(map_).sampler, default_sampling(map_).steps) == ("flow_map", 4)
+    assert (default_sampling(base).sampler, default_sampling(base).steps) == ("euler", 64)
+    assert default_sampling(map_, 2).steps == default_sampling(base, 2).steps == 2
+    for run in (base, map_):
+        with pytest.raises(UserError, match="steps"):
+            default_sampling(run, 0)
+
+
+def test_watch_sees_every_step(map_: Run) -> None:
+    seen: list[tuple[float, torch.Size]] = []
+    drawn = list(generate(map_, 6, CONFIG, watch=lambda t, endpoint: seen.append((t, endpoint.shape))))
+    times = [t for t, _ in seen]
+    assert len(seen) == 3 * len(drawn) == 6
+    assert times[:3] == times[3:] == sorted(times[:3])
+    assert times[2] == 1.0
+    assert all(shape == (4, 16, 27) for _, shape in seen)
+
+
+def test_temperature_near_zero_takes_the_likeliest(map_: Run) -> None:
+    ends: list[torch.Tensor] = []
+    for temperature in (1.0, 1e-3):
+        config = SamplingConfig(steps=1, temperature=temperature)
+        list(generate(map_, 2, config, watch=lambda _, endpoint: ends.append(endpoint)))
+    usual, cold = ends
+    assert torch.equal(cold.argmax(-1), usual.argmax(-1))
+    assert cold.amax(-1).median() > 0.999 > usual.amax(-1).median()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sampler": "magic"}, "no sampler magic; there are euler, heun, flow_map, renoise, localisation"),
+        ({"steps": 0}, "at least 1"),
+        ({"batch": 0}, "at least 1"),
+        ({"temperature": 0.0}, "above 0"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(change: dict[str, int | str | float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        SamplingConfig(**change)  # pyright: ignore[reportArgumentType]
