@@ -1,5 +1,6 @@
 """Runs that several files of tests read: trained once per process, in seconds."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from tiny_runs import KINDS, Job, began, make_shards, tiny, tiny_kind, train_on_
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread_and_an_own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     torch.set_num_threads(1)
+    logging.getLogger("c10d-NullHandler-dcp_logger").propagate = False  # a hundred lines per checkpoint
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CATMAPS_CACHE", str(tmp_path_factory.mktemp("cache")))
         for name in ("RANK", "WORLD_SIZE"):

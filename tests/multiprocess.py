@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 
 def run(function: Callable[..., None], processes: int, *args: Any, seconds: float = 300) -> None:
@@ -21,12 +21,14 @@ def run(function: Callable[..., None], processes: int, *args: Any, seconds: floa
         ProcessRaisedException: The function raised in one of them; its traceback is in the message.
         TimeoutError: They were not done after so many seconds; they have been killed.
     """
-    started = multiprocessing.spawn(_child, (function, processes, _free_port(), args), nprocs=processes, join=False)
+    started = spawn(_child, (function, processes, _free_port(), args), nprocs=processes, join=False)
+    assert started is not None
     end = time.monotonic() + seconds
     while not started.join(timeout=1):
         if time.monotonic() > end:
             for process in started.processes:
-                process.kill()
+                if process is not None:
+                    process.kill()
             raise TimeoutError(f"{function.__name__} in {processes} processes took more than {seconds} s")
 
 

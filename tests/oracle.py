@@ -223,6 +223,16 @@ class Scaled(Oracle):
         return self.factor * self.inner.log_endpoint(x, s, t)
 
 
+class Forgetful(Oracle):
+    """Uniform at clean positions: a network is never trained to say what it is given."""
+
+    def __init__(self, inner: Oracle) -> None:
+        self.inner, self.vocab_size = inner, inner.vocab_size
+
+    def log_endpoint(self, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        return torch.where((s >= 1)[..., None], 0.0, self.inner.log_endpoint(x, s, t))
+
+
 class Offset(Oracle):
     """A map with parameters: logits moved by theta (1 + t) direction; `theta` (L, V) or a scalar takes gradients."""
 

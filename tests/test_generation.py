@@ -69,10 +69,12 @@ def test_as_many_texts_as_asked_for(num: int, map_: Run) -> None:
     assert all(len(text) == 16 for text in generate_texts(map_, num, CONFIG))
 
 
-def test_first_texts_do_not_depend_on_how_many_follow(map_: Run) -> None:
-    many = generate_texts(map_, 13, CONFIG)
+@pytest.mark.parametrize("sampler", ["flow_map", "localisation"])
+def test_first_texts_do_not_depend_on_how_many_follow(sampler: str, map_: Run) -> None:
+    config = replace(CONFIG, sampler=sampler)
+    many = generate_texts(map_, 13, config)
     for num in (4, 5, 7, 8, 9):
-        assert generate_texts(map_, num, CONFIG) == many[:num]
+        assert generate_texts(map_, num, config) == many[:num]
 
 
 def test_lengths_may_differ_from_training(map_: Run) -> None:

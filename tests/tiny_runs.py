@@ -70,7 +70,7 @@ def distilled(base: Path, config: Config, loss: Any = "psd") -> Config:
 
 
 def tiny_kind(kind: str, shards: Path, base: Path) -> Config:
-    """A "base" under AdamW, one under "muon", or distilled with that loss. Muon rounds to bf16 inside: to 1e-3 in the loss."""
+    """A "base" under AdamW, one under "muon" (which rounds to bf16 inside), or distilled with that loss."""
     if kind == "muon":
         return tiny(shards, optimiser="muon")
     return tiny(shards) if kind == "base" else distilled(base, tiny(shards), kind)

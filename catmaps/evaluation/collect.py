@@ -49,7 +49,7 @@ def build_judge(shards: Path, tokenizer: Tokenizer, cache: Path) -> Judge:
     return judge
 
 
-def read_metrics(run: Run) -> list[dict[str, float]]:
+def read_metrics(run: Run) -> list[dict[str, float | int]]:
     file = run.path / METRICS
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 

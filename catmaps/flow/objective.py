@@ -81,7 +81,7 @@ def clean_positions(batch: int, length: int, share: float, generator: torch.Gene
     low, high = torch.minimum(a, b) * length, torch.maximum(a, b) * length
     low = torch.where(prefix < 0.5, torch.zeros_like(low), low)
     position = torch.arange(length)
-    known = (chosen < share) & (position >= low.floor()) & (position < high.floor())
+    known = (chosen < share) & (position >= low.floor()) & (position < high.ceil())
     return known & ~known.all(1, keepdim=True)
 
 

@@ -77,6 +77,7 @@ def start(config: Config, folder: Path) -> Config:
             f"{folder} exists and is not empty; continue it with --resume {folder}, or choose another --out"
         )
     shards = find_shards(config)
+    verify(shards)  # hashes too, once: a damaged shard is better found now than as a strange loss
     tokenizer = tokenizers.load(shards)
     length = config.data.length
     if load_manifest(shards).split("train").tokens < config.training.batch * length:

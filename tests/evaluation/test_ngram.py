@@ -56,9 +56,7 @@ def test_equals_the_dictionary_definition(order: int, alphabet: int) -> None:
 def test_any_integer_type_gives_the_same_bits(dtype: type[np.integer]) -> None:
     text = np.random.default_rng(0).integers(27, size=300)
     expected = NGramModel.fit(text, 5, 27).bits(text)
-    np.testing.assert_array_equal(
-        NGramModel.fit(text.astype(dtype), 5, 27).bits(text.astype(dtype)), expected
-    )
+    np.testing.assert_array_equal(NGramModel.fit(text.astype(dtype), 5, 27).bits(text.astype(dtype)), expected)
 
 
 @pytest.mark.parametrize("alphabet", [5, 27, 256])
@@ -151,9 +149,7 @@ def test_markov_text_writes_only_ngrams_of_the_training_text() -> None:
     written = [tuple(row[i : i + 4].tolist()) for row in drawn for i in range(97)]
     unseen = [gram for gram in written if gram not in seen]
     ends = [gram for gram in unseen if gram[:3] == tuple(train[-3:].tolist())]
-    assert len(unseen) == len(
-        ends
-    )  # only a dead end, the last context of the training text, may write others
+    assert len(unseen) == len(ends)  # only a dead end, the last context of the training text, may write others
 
 
 def test_markov_text_survives_a_dead_end_and_is_seeded() -> None:

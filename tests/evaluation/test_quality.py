@@ -34,9 +34,7 @@ class PairIds:
     """Ids of consecutive character pairs."""
 
     def encode(self, text: str) -> Integer[np.ndarray, "l"]:
-        return np.array(
-            [ord(a) * 256 + ord(b) for a, b in zip(text[::2], text[1::2], strict=False)], dtype=np.int64
-        )
+        return np.array([ord(a) * 256 + ord(b) for a, b in zip(text[::2], text[1::2], strict=False)], dtype=np.int64)
 
 
 class LetterIds:

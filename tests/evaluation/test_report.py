@@ -190,9 +190,7 @@ def test_confidences_must_match_tokens() -> None:
         TrajectoryRow("t", ["a", "b"], [0.5])
 
 
-def test_without_the_plotting_library_the_mend_is_named(
-    data: ReportData, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_plotting_library_the_mend_is_named(data: ReportData, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.ticker", None)
     with pytest.raises(UserError, match=r"catmaps\[report\]"):

@@ -7,6 +7,7 @@ import torch
 from oracle import (
     EnumeratedJoint,
     ExactModel,
+    Forgetful,
     Scaled,
     path_state,
     random_chain,
@@ -110,18 +111,11 @@ def test_conditional_bound_equals_minus_the_conditional_log_p(known: list[bool])
     assert bool(free.any())  # the unconditional value is told apart, hence the mask matters
 
 
-class Forgetful(Scaled):
-    """Uniform at clean positions: a network is never trained to say what it is given."""
-
-    def log_endpoint(self, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        return torch.where((s >= 1)[..., None], 0.0, super().log_endpoint(x, s, t))
-
-
 def test_what_the_network_says_at_known_positions_does_not_count() -> None:
     tokens, known = JOINT.sample(16, seeded(11)), torch.tensor([[True, False]]).expand(16, 2)
     exact, forgetful = (
         nelbo(FlowMap(m), tokens, warp(3), known=known, generator=seeded(12), dtype=torch.float64)
-        for m in (JOINT, Forgetful(JOINT, 1.0))
+        for m in (JOINT, Forgetful(JOINT))
     )
     torch.testing.assert_close(forgetful.nats, exact.nats)
     torch.testing.assert_close(forgetful.stderr, exact.stderr)

@@ -1,6 +1,5 @@
 """Losses against their definitions, at the exact map (where they vanish) and away from it."""
 
-import functools
 import math
 
 import pytest
@@ -243,49 +242,6 @@ def test_squared_distance_is_at_most_the_divergence(vocab_size: int) -> None:
     assert ratio.max().item() <= 1
     near = torch.tensor([0.501, 0.499], dtype=torch.float64)
     assert ((near - 0.5).square().sum() / kl(near, torch.full_like(near, 0.5))).item() > 0.999
-
-
-# ---- the anchor
-
-
-@functools.cache
-def anchor_value(gap: float) -> float:
-    """Mean over the batch at the exact map, for a clock gap in u with u's middle inside."""
-    start = 0.8
-    s, u, t = (r / (1 + r) for r in (start, start + gap / 2, start + gap))
-    state, pair = setting((s, u, t), seed=8)
-    return anchor(FlowMap(EXACT), TEACHER, state, pair, ONES / ONES.numel()).total.item()
-
-
-@pytest.mark.parametrize("gap", [0.2, 0.1, 0.05])
-def test_anchor_is_two_solver_steps_whose_bias_falls_with_the_square_of_the_gap(gap: float) -> None:
-    assert 3.5 < anchor_value(gap) / anchor_value(gap / 2) < 5
-    assert anchor_value(0.05) < 1e-3
-
-
-@every_time
-def test_anchor_is_the_divergence_from_two_euler_steps_of_the_teacher(times: tuple[float, float, float]) -> None:
-    state, pair = setting(times)
-    s, u, t = pair
-    flow_map = wrong_map()
-    half = state.x + ((u - s) / (1 - s))[..., None] * (TEACHER.endpoint(state, s, s) - state.x)
-    end = half + ((t - u) / (1 - u))[..., None] * (TEACHER.endpoint(State(half), u, u) - half)
-    target = state.x + ((1 - s) / (t - s))[..., None] * (end - state.x)  # mu_{s,t} of (2), solved for
-    expected = kl(target, flow_map.endpoint(state, s, t))
-    torch.testing.assert_close(anchor(flow_map, TEACHER, state, pair, ONES).values, expected, rtol=1e-7, atol=1e-12)
-
-
-def test_anchor_tells_a_collapsed_map_which_psd_cannot() -> None:
-    class Collapsed(Oracle):
-        vocab_size = 3
-
-        def log_endpoint(self, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
-            return torch.full_like(x, -math.log(3))
-
-    state, pair = setting(TIMES["late"])
-    collapsed = FlowMap(Collapsed())
-    assert psd(collapsed, TEACHER, state, pair, ONES).total.item() == pytest.approx(0, abs=1e-12)
-    assert anchor(collapsed, TEACHER, state, pair, ONES).values.mean().item() > 0.3
 
 
 # ---- clean positions

@@ -238,9 +238,7 @@ def test_embedded_shards_are_built_once(tmp_path: Path, monkeypatch: pytest.Monk
     verify(folders["text8"])
 
 
-def test_process_that_comes_second_takes_the_first_ones_shards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_process_that_comes_second_takes_the_first_ones_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def meanwhile() -> Iterator[Document]:
         yield document("the same")
         monkeypatch.setattr(build, "embedded_documents", lambda: iter([document("the same")]))

@@ -110,9 +110,7 @@ def watch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[list[Tens
     return path, norms
 
 
-def test_the_average_follows_its_recursion(
-    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_average_follows_its_recursion(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny(shards, steps=8)
     folder = began(replace(config, optimiser=replace(config.optimiser, ema=0.4)), tmp_path / "run")
     path, _ = watch(folder, monkeypatch)

@@ -21,6 +21,7 @@ from catmaps.errors import UserError
 from catmaps.model import CHECKPOINTS, CLOCK, METRICS
 from catmaps.training.train import START_LAW, train
 
+
 def assert_the_same(folder: Path, whole: Path, step: int = 20) -> None:
     """Bit-equal: weights, their average, moments and clock of the last checkpoint; files for others; metrics."""
     ours, theirs = state(folder, step), state(whole, step)
@@ -118,7 +119,7 @@ def test_other_data_under_the_same_path_is_refused(tmp_path: Path) -> None:
     folder = began(tiny(shards), tmp_path / "run")
     train(folder, stop_after=3)
     (shards / "train-00000.bin").unlink()
-    with pytest.raises(UserError, match="train-00000.bin is missing"):
+    with pytest.raises(UserError, match=r"train-00000\.bin is missing"):
         train(folder)
 
 
@@ -154,7 +155,7 @@ def test_sigterm_saves_and_resume_completes(tmp_path: Path, shards: Path, capsys
     assert process.returncode == 143, err
     result = json.loads(out)
     step = result["step"]
-    assert (result["complete"], result["exit_status"], result["steps"]) == (False, 143, 300)
+    assert (result["complete"], result["steps"]) == (False, 300)
     assert 1 <= step < 300
     assert (folder / CHECKPOINTS / f"step{step}").is_dir()
     assert rows(folder)[-1]["step"] == step

@@ -248,5 +248,5 @@ def test_start_refuses_a_base_in_parts(missing: str, tmp_path: Path, shards: Pat
 
 def test_a_batch_must_divide_among_the_processes(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("olmo_core.distributed.utils.get_world_size", lambda: 3)
-    with pytest.raises(UserError, match="training.batch 16 is not a multiple of the 3 processes"):
+    with pytest.raises(UserError, match=r"training\.batch 16 is not a multiple of the 3 processes"):
         _loader(tiny(shards), shards)
