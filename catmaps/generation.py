@@ -64,7 +64,7 @@ def generate(
         watch: Sees (t, endpoint) after every step.
     """
     flow_map = FlowMap(run.network, config.temperature)
-    times = grid(run.law, config.steps)
+    times = grid(run.clock, config.steps)
     length = length or run.config.data.length
     for first in range(0, num, config.batch):
         generator = run.generator(config.seed * 1_000_003 + first)

@@ -73,6 +73,11 @@ class Run:
     law: Law
 
     @property
+    def clock(self) -> Law:
+        """The clock that samplers step on: the law before any adaptation, as in the pairs that a map trains on."""
+        return starting_law(self.config.clock, self.tokenizer.vocab_size)
+
+    @property
     def device(self) -> torch.device:
         return self.network.log_prior.device
 

@@ -1,6 +1,6 @@
 """Is a flow map in a few calls as good as its base in 64 Euler steps?
 
-Rows: the map at 1, 2, 4 calls, the base at 4 and 64 steps, and texts of known worth (independent letters, Markov chains,
+Rows: the map at 1, 2, 4 calls, the base at 4 and 64 steps, and texts of known worth (i.i.d. letters, Markov chains,
 which must fail, and held-out text, which must pass). Measures, docs/log.md: forward order-6 bits, reverse order-4
 bits of held-out text under a model of the samples, token entropy and word distinct-2 beside held-out text.
 """
