@@ -74,7 +74,7 @@ class Run:
 
     @property
     def clock(self) -> Law:
-        """The clock that samplers step on: the law before any adaptation, as in the pairs that a map trains on."""
+        """The clock that samplers step on: the law before any adaptation (docs/log.md, 2026-11-24)."""
         return starting_law(self.config.clock, self.tokenizer.vocab_size)
 
     @property

@@ -60,18 +60,8 @@ class Plan(NamedTuple):
         return Plan(self.role[index].to(device), times, self.known[index].to(device))
 
 
-def plan(
-    config: ObjectiveConfig,
-    law: Law,
-    batch: int,
-    length: int,
-    generator: torch.Generator,
-    clock: Law | None = None,
-) -> Plan:
-    """Draws roles, times (stratified over the batch) and clean positions for a global batch.
-
-    `law` is that of diagonal times, `clock` (`law` if None) that of pairs: samplers step on it, so maps train on it.
-    """
+def plan(config: ObjectiveConfig, law: Law, batch: int, length: int, generator: torch.Generator) -> Plan:
+    """Draws roles, times (stratified over the batch) and clean positions for a global batch."""
     place = (torch.arange(batch, dtype=torch.float64) + 0.5) * GOLDEN % 1
     off = place < config.off_diagonal
     anchored = place < config.off_diagonal * config.anchor
@@ -80,7 +70,7 @@ def plan(
     gap, start, boundary = (stratified(batch, generator) for _ in range(3))
     gap = torch.where(anchored, gap * config.anchor_gap, gap)
     boundary = torch.where(anchored, torch.ones_like(boundary), boundary)
-    pair = pairs(clock or law, gap, start, boundary, config.boundary)
+    pair = pairs(law, gap, start, boundary, config.boundary)
     times = Pair(*(torch.where(off[:, None], p, t) for p in pair))
     return Plan(role, times, clean_positions(batch, length, config.clean, generator))
 

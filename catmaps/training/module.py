@@ -18,7 +18,6 @@ from catmaps.flow.flow_map import FlowMap
 from catmaps.flow.interpolant import counter_noise
 from catmaps.flow.objective import batch_loss, plan
 from catmaps.flow.times import Law
-from catmaps.model import starting_law
 from catmaps.network.denoiser import FlowNetwork
 from catmaps.training.optim import build_optimisers, rate, set_rate
 
@@ -50,7 +49,6 @@ class FlowTrainModule(TrainModule):
         self.flow_map = FlowMap(network)
         self.optimisers = build_optimisers(network, config.optimiser)
         self.clock = InformationClock(law)
-        self.pair_clock = starting_law(config.clock, network.vocab_size)
         self.adapts = config.clock.adaptive and teacher is None
         self._added: Tensor | None = None
 
@@ -70,7 +68,7 @@ class FlowTrainModule(TrainModule):
         tokens = batch["input_ids"].long().to(device)
         step = 0 if dry_run else self.trainer.global_step
         generator = torch.Generator().manual_seed(training.seed * 1_000_003 + step)
-        whole = plan(self.config.objective, self.law, len(tokens) * world, tokens.shape[1], generator, self.pair_clock)
+        whole = plan(self.config.objective, self.law, len(tokens) * world, tokens.shape[1], generator)
         noisy = (~whole.known).sum(1).double()
         index = torch.arange(len(tokens)) * world + rank
         loss, sums = torch.zeros((), device=device), torch.zeros(3, device=device)
