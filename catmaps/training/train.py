@@ -169,8 +169,6 @@ def _prepare_processes() -> None:
 
         if not is_distributed():
             init_distributed(backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    for name in ("olmo_core", "torch.distributed.checkpoint"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised, too
 
 
 def train(folder: Path, *, stop_after: int | None = None) -> Outcome:
@@ -182,6 +180,8 @@ def train(folder: Path, *, stop_after: int | None = None) -> Outcome:
         folder: Made by `start`.
         stop_after: Saves and ends after this step, as a signal would.
     """
+    for name in ("olmo_core", "torch.distributed.checkpoint"):  # before the import, which talks as well
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised, too
     try:
         from olmo_core.train import Duration, TrainerConfig
         from olmo_core.train.callbacks import CheckpointerCallback
