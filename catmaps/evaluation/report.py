@@ -130,7 +130,9 @@ def _header(data: ReportData) -> str:
     figures = list(data.figures)
     if data.nelbo:
         last = data.nelbo[-1]
-        figures.insert(0, ("NELBO, bits per character", f"{last.bits_per_char:.3f} ± {last.stderr:.3f}"))
+        figures.insert(
+            0, ("validation NELBO, bits/char (upper bound)", f"{last.bits_per_char:.3f} ± {last.stderr:.3f}")
+        )
     tiles = "".join(f"<div><dt>{escape(a)}</dt><dd>{escape(b)}</dd></div>" for a, b in figures)
     summary = f'<p class="summary">{escape(data.summary)}</p>' if data.summary else ""
     return (
