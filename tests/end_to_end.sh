@@ -20,7 +20,7 @@ refused() { # command ... : must fail with status 2 and one line that holds the 
   fi
 }
 
-fast=(--training.steps 40 --training.no-compile --training.save-every 20 --training.evaluate-every 40
+fast=(--training.steps 40 --training.compile False --training.save-every 20 --training.evaluate-every 40
   --training.evaluate-sequences 8)
 "$catmaps" train tiny --out base "${fast[@]}" --json | json 'd["complete"] and d["step"] == 40'
 "$catmaps" distill --from base --out map "${fast[@]}" --json | json 'd["complete"]'
