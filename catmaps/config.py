@@ -5,7 +5,9 @@ On the command line every field is `--part.field value`. Named configurations ar
 
 import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import tyro
 
 from catmaps.errors import UserError
 from catmaps.flow.objective import ObjectiveConfig
@@ -104,8 +106,8 @@ class TrainingConfig:
 class Config:
     """All of a run."""
 
-    preset: str = ""
-    base: str | None = None
+    preset: Annotated[str, tyro.conf.Suppress] = ""
+    base: Annotated[str | None, tyro.conf.Suppress] = None
     """The run it was distilled from; None: trained from scratch."""
     data: DataConfig = field(default_factory=DataConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
