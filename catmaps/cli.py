@@ -44,8 +44,11 @@ COMMANDS = {
     "sample": Entry("write texts: catmaps sample RUN --steps 4 --num 8", "sample"),
     "score": Entry("bound the likelihood of text: catmaps score RUN FILE | --split test", "score"),
     "report": Entry("one HTML page about a run: catmaps report RUN", "report"),
+    "frontier": Entry("quality against diversity over temperature: catmaps frontier RUN [--base RUN]", "frontier"),
+    "judge": Entry("texts under a causal language model: catmaps judge FILE --judge NAME", "judge"),
     "info": Entry("what a run is: catmaps info RUN", "info"),
     "data": Entry("token shards from your text: catmaps data build PATH... --out DIR", "data"),
+    "eval": Entry("standard benchmarks by lm-eval: catmaps eval RUN --tasks piqa | --offline-tasks", "eval"),
 }
 
 

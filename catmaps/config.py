@@ -109,6 +109,8 @@ class Config:
     preset: Annotated[str, tyro.conf.Suppress] = ""
     base: Annotated[str | None, tyro.conf.Suppress] = None
     """The run it was distilled from; None: trained from scratch."""
+    family: Literal["flow", "autoregressive", "masked", "uniform"] = "flow"
+    """The flow, or a baseline on the same trunk, to which clock, objective, network.input and network.skip are idle."""
     data: DataConfig = field(default_factory=DataConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     clock: ClockConfig = field(default_factory=ClockConfig)
@@ -116,8 +118,14 @@ class Config:
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
+    def __post_init__(self) -> None:
+        if self.family != "flow" and (self.base is not None or self.objective.off_diagonal > 0):
+            raise ValueError(f"family {self.family} has no flow map: leave out base and objective.off_diagonal")
+
 
 T = TypeVar("T")
+ADDED: dict[str, Any] = {"family": "flow", "objective.final": 0.0, "objective.ladder": 0.0}
+"""Fields that files of earlier versions lack, with what those runs were."""
 
 
 def to_json(config: Config) -> str:
@@ -141,6 +149,7 @@ def _build(kind: type[T], values: Any, prefix: str) -> T:
         raise ValueError(f"{prefix.rstrip('.') or 'the file'} is not an object")
     types = get_type_hints(kind)
     names = {f.name for f in fields(kind)}  # pyright: ignore[reportArgumentType]
+    values = {name: ADDED[prefix + name] for name in names if prefix + name in ADDED} | values
     for what, odd in (("unknown", set(values) - names), ("missing", names - set(values))):
         if odd:
             raise ValueError(f"{what} field {prefix}{min(odd)}")

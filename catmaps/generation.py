@@ -1,16 +1,20 @@
 """Texts from a run, in batches."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from jaxtyping import Float, Int
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from catmaps.errors import UserError
 from catmaps.flow.flow_map import FlowMap
-from catmaps.flow.samplers import SAMPLERS, sample
+from catmaps.flow.samplers import BENDS, SAMPLERS, sample
 from catmaps.flow.times import grid
 from catmaps.model import Run
+
+ANCESTRAL = "ancestral"  # what a baseline's own sampler is called; a family has but one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +23,8 @@ class SamplingConfig:
 
     steps: int = 4
     """Steps of the sampler; network calls too, but for heun, which makes 2 steps - 1."""
-    sampler: str = "flow_map"
-    """One of flow_map, euler, heun, renoise, localisation."""
+    sampler: str = "renoise"
+    """One of renoise, flow_map, euler, heun, localisation; ancestral for baselines."""
     seed: int = 0
     temperature: float = 1.0
     """Divides the logits; below 1 is cleaner and less diverse."""
@@ -28,52 +32,127 @@ class SamplingConfig:
     """Texts drawn together. Part of what a seed means: other batches are other texts."""
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
+        if self.sampler not in (*SAMPLERS, ANCESTRAL):
             raise UserError(f"no sampler {self.sampler}; there are {', '.join(SAMPLERS)}")
         if self.steps < 1 or self.batch < 1 or self.temperature <= 0:
             raise UserError("steps and batch must be at least 1, temperature above 0")
 
+    def times(self, run: Run) -> Float[Tensor, "n"]:
+        """The sampler's grid on the run's clock."""
+        return grid(run.clock, self.steps, BENDS.get(self.sampler, 1.0))
+
     @property
     def calls(self) -> int:
-        """Network calls of one text (NFE)."""
+        """Network calls of one text, or of one block of a longer one (NFE)."""
         return 2 * self.steps - 1 if self.sampler == "heun" else self.steps
 
 
 def default_sampling(run: Run, steps: int | None = None) -> SamplingConfig:
-    """A map jumps in 4 calls; a base is followed by 64 Euler steps."""
+    """A map jumps and renoises, in 4 calls; a base is followed by 64 Euler steps, as a baseline by 64 ancestral ones.
+
+    An autoregressive run makes one call per token, whatever is asked for.
+    """
+    if run.baseline is not None:
+        calls = run.config.data.length if run.baseline.sequential else 64 if steps is None else steps
+        return SamplingConfig(steps=calls, sampler=ANCESTRAL)
     if run.is_map:
         return SamplingConfig(steps=4 if steps is None else steps)
     return SamplingConfig(steps=64 if steps is None else steps, sampler="euler")
 
 
+Watch = Callable[[float, Float[Tensor, "b l v"]], None]
+
+
 def generate(
-    run: Run,
-    num: int,
-    config: SamplingConfig,
-    *,
-    length: int | None = None,
-    watch: Callable[[float, Float[Tensor, "b l v"]], None] | None = None,
-) -> Iterator[Int[Tensor, "b l"]]:
+    run: Run, num: int, config: SamplingConfig, *, length: int | None = None, watch: Watch | None = None
+) -> Iterator[Int[Tensor, "b {length}"]]:
     """Draws `num` texts; yields the token ids of one batch after another.
 
     Args:
-        run: A base or a map.
+        run: A base, a map or a baseline.
         num: How many.
         config: How.
-        length: Tokens of a text; None: as in training.
+        length: Tokens of a text; None: as in training. Longer texts are written block by block (`extend`).
         watch: Sees (t, endpoint) after every step.
     """
-    flow_map = FlowMap(run.network, config.temperature)
-    times = grid(run.clock, config.steps)
     length = length or run.config.data.length
     for first in range(0, num, config.batch):
         generator = run.generator(config.seed * 1_000_003 + first)
         # The last batch is drawn whole and cut, so that a text does not depend on how many were asked for.
-        shape = (config.batch if num > config.batch else num, length, run.tokenizer.vocab_size)
-        drawn = sample(flow_map, SAMPLERS[config.sampler], times, shape, generator=generator, watch=watch)
-        yield drawn[: num - first].cpu()
+        empty = torch.empty(config.batch if num > config.batch else num, 0, dtype=torch.long, device=run.device)
+        yield extend(run, empty, length, config, generator, watch)[: num - first].cpu()
 
 
-def generate_texts(run: Run, num: int, config: SamplingConfig) -> list[str]:
+def extend(
+    run: Run,
+    prompt: Int[Tensor, "b n"],
+    num_tokens: int,
+    config: SamplingConfig,
+    generator: torch.Generator,
+    watch: Watch | None = None,
+) -> Int[Tensor, "b {num_tokens}"]:
+    """Goes on after a prompt, block by block: the end of the text so far stands clean at the left of a window of the
+    training length, and what is right of it is drawn. At least half of a window is new while so much is wanted.
+
+    Args:
+        run: A base or a map.
+        prompt: Token ids, perhaps none, on the run's device.
+        num_tokens: How many to write.
+        config: How; its steps are those of every block.
+        generator: Source of randomness, on the run's device.
+        watch: Sees (t, endpoint) after every step of every block.
+    """
+    if (config.sampler == ANCESTRAL) != (run.baseline is not None):
+        raise UserError(f"run {run.path} is a {run.kind}: sampler {config.sampler} is not for it; leave --sampler out")
+    text, wanted, longest = prompt, prompt.shape[1] + num_tokens, run.config.data.length
+    while (rest := wanted - text.shape[1]) > 0:
+        context = min(text.shape[1], longest - min(rest, longest - longest // 2))
+        window = min(longest, context + rest)
+        tokens = torch.nn.functional.pad(text[:, text.shape[1] - context :], (0, window - context))
+        known = (torch.arange(window, device=run.device) < context).expand(len(text), window)
+        given = (tokens, known) if context else (None, None)
+        drawn = _draw(run, (len(text), window), *given, config, generator, watch)
+        text = torch.cat([text, drawn[:, context:]], 1)
+    return text[:, prompt.shape[1] :]
+
+
+def _draw(
+    run: Run,
+    shape: tuple[int, int],
+    tokens: Int[Tensor, "b l"] | None,
+    known: Bool[Tensor, "b l"] | None,
+    config: SamplingConfig,
+    generator: torch.Generator,
+    watch: Watch | None,
+) -> Int[Tensor, "b l"]:
+    """One block. Baselines are not watched: they have no endpoint."""
+    if run.baseline is not None:
+        given = {"tokens": tokens, "known": known, "generator": generator, "temperature": config.temperature}
+        return run.baseline.sample(run.network, shape, config.steps, **given)
+    flow_map, times = FlowMap(run.flow_network, config.temperature), config.times(run)
+    whole, step = (*shape, run.tokenizer.vocab_size), SAMPLERS[config.sampler]
+    return sample(flow_map, step, times, whole, tokens=tokens, known=known, generator=generator, watch=watch)
+
+
+def continue_tokens(
+    run: Run, prompts: Sequence[Int[np.ndarray, " _"]], num_tokens: int, config: SamplingConfig
+) -> list[Int[np.ndarray, " {num_tokens}"]]:
+    """Continuations of prompts, in their order. Prompts of one length are drawn together, `config.batch` at a time."""
+    by_length: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(i)
+    written: dict[int, np.ndarray] = {}
+    for _, members in sorted(by_length.items()):
+        for first in range(0, len(members), config.batch):
+            batch = members[first : first + config.batch]
+            ids = torch.from_numpy(np.stack([prompts[i] for i in batch]).astype(np.int64)).to(run.device)
+            generator = run.generator(config.seed * 1_000_003 + batch[0])
+            new = extend(run, ids, num_tokens, config, generator).cpu().numpy()
+            written.update(zip(batch, new, strict=True))
+    return [written[i] for i in range(len(prompts))]
+
+
+def generate_texts(run: Run, num: int, config: SamplingConfig, length: int | None = None) -> list[str]:
     """`generate`, decoded."""
-    return [run.tokenizer.decode(row.numpy()) for batch in generate(run, num, config) for row in batch]
+    drawn = generate(run, num, config, length=length)
+    return [run.tokenizer.decode(row.numpy()) for batch in drawn for row in batch]

@@ -11,18 +11,21 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from catmaps.baselines.families import FAMILIES, Family
 from catmaps.config import ClockConfig, Config, from_json
 from catmaps.errors import UserError
 from catmaps.flow import times
 from catmaps.flow.evidence import OffDiagonalGain, TimeFeatures
 from catmaps.flow.flow_map import FlowMap
+from catmaps.flow.likelihood import Bound, nelbo
 from catmaps.flow.times import Law
 from catmaps.network.denoiser import FlowNetwork, NetworkConfig
+from catmaps.network.tokens import Network, TokenNetwork
 from catmaps.text.tokenizers import Tokenizer
 from catmaps.text.tokenizers import load as load_tokenizer
 
@@ -49,6 +52,19 @@ def build_network(config: NetworkConfig, log_prior: Float[Tensor, "v"]) -> FlowN
     return FlowNetwork(config, features, (OffDiagonalGain(), OffDiagonalGain()), log_prior)
 
 
+def build_baseline(family: Family, config: NetworkConfig, log_prior: Float[Tensor, "v"]) -> TokenNetwork:
+    """A fresh network of a baseline; its time features run on plain time."""
+    features = TimeFeatures(times.uniform())
+    return TokenNetwork(config, features, log_prior, special=family.special, causal=family.causal)
+
+
+def network_of(config: Config, log_prior: Float[Tensor, "v"]) -> Network:
+    """A fresh network for a run."""
+    if config.family == "flow":
+        return build_network(config.network, log_prior)
+    return build_baseline(FAMILIES[config.family], config.network, log_prior)
+
+
 def starting_law(config: ClockConfig, vocab_size: int) -> Law:
     """The law of time before any adaptation."""
     if config.law == "uniform":
@@ -56,7 +72,7 @@ def starting_law(config: ClockConfig, vocab_size: int) -> Law:
     return times.logit_normal() if config.law == "logit_normal" else _warp(vocab_size)
 
 
-def compile_blocks(network: FlowNetwork) -> None:
+def compile_blocks(network: Network) -> None:
     """Compiles the trunk's blocks in place; worth half a minute before long training or sampling."""
     for part in [*network.trunk.blocks, network.trunk.final_norm]:
         part.compile()
@@ -68,7 +84,7 @@ class Run:
 
     path: Path
     config: Config
-    network: FlowNetwork
+    network: Network
     tokenizer: Tokenizer
     law: Law
 
@@ -86,13 +102,37 @@ class Run:
         return torch.Generator(self.device).manual_seed(seed)
 
     @property
+    def flow_network(self) -> FlowNetwork:
+        """UserError for a baseline."""
+        if isinstance(self.network, TokenNetwork):
+            raise UserError(f"run {self.path} is of family {self.config.family}: this needs a run of family flow")
+        return self.network
+
+    @property
     def flow_map(self) -> FlowMap:
-        return FlowMap(self.network)
+        return FlowMap(self.flow_network)
 
     @property
     def is_map(self) -> bool:
         """Whether it was trained off the diagonal: a flow map rather than a base."""
         return self.config.objective.off_diagonal > 0
+
+    @property
+    def baseline(self) -> Family | None:
+        """How a baseline is scored and sampled; None for flows."""
+        return FAMILIES.get(self.config.family)
+
+    @property
+    def kind(self) -> str:
+        if self.baseline is not None:
+            return f"{self.config.family} baseline"
+        return "flow map" if self.is_map else "base flow"
+
+    def bound(self, tokens: Int[Tensor, "b l"], *, num_samples: int, generator: torch.Generator) -> Bound:
+        """The family's upper bound on -log p of texts on the run's device; exact for autoregressive baselines."""
+        if self.baseline is not None:
+            return self.baseline.bound(self.network, tokens, num_samples=num_samples, generator=generator)
+        return nelbo(self.flow_map, tokens, self.law, num_samples=num_samples, generator=generator)
 
 
 def read_config(path: Path) -> Config:
@@ -116,7 +156,7 @@ def load_run(path: Path) -> Run:
     """
     config = read_config(path)
     tokenizer = load_tokenizer(path)
-    network = build_network(config.network, torch.zeros(tokenizer.vocab_size))
+    network = network_of(config, torch.zeros(tokenizer.vocab_size))
     load_weights(network, path / MODEL)
     network.precision = PRECISION[config.training.precision]
     return Run(path, config, network.eval().requires_grad_(False).to(best_device()), tokenizer, read_law(path / CLOCK))
@@ -132,7 +172,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file} is damaged ({error}); copy it again or resume the run to write it anew") from error
 
 
-def load_weights(network: FlowNetwork, file: Path) -> None:
+def load_weights(network: Network, file: Path) -> None:
     """Strict loading: what is missing, unknown or of another shape is named."""
     tensors, own = read_tensors(file), network.state_dict()
     for what, names in (("misses", set(own) - set(tensors)), ("has unknown", set(tensors) - set(own))):

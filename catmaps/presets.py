@@ -22,13 +22,16 @@ def tiny() -> Config:
 
 def small() -> Config:
     """27 symbols, 4.5M parameters: about 20 minutes on 2 cores."""
-    return Config(optimiser=OptimiserConfig(warmup=60, ema=0.998), training=TrainingConfig(steps=2600))
+    return Config(
+        optimiser=OptimiserConfig(warmup=60, ema=0.998),
+        training=TrainingConfig(steps=5000, batch=32, micro_batch=32, save_every=1000),
+    )
 
 
 def quickstart() -> Config:
     """`small`, shorter: about 6 minutes on 2 cores."""
     base = small()
-    return replace(base, optimiser=replace(base.optimiser, ema=0.99), training=replace(base.training, steps=800))
+    return replace(base, optimiser=replace(base.optimiser, ema=0.99), training=replace(base.training, steps=1500))
 
 
 def _scaled(width: int, blocks: int, heads: int, batch: int, steps: int, lr: float) -> Config:
@@ -60,20 +63,20 @@ def _distilled(base: Config, steps: int) -> Config:
     """The second stage: half of each batch holds the diagonal to the frozen base, half teaches the jumps."""
     return replace(
         base,
-        objective=ObjectiveConfig(off_diagonal=0.5),
-        optimiser=replace(base.optimiser, lr=1e-3, muon_lr=0.005, warmup=50, ema=0.995),
+        objective=ObjectiveConfig(off_diagonal=0.5, boundary=0.3, final=0.5, ladder=0.5),
+        optimiser=replace(base.optimiser, lr=1e-3, muon_lr=0.005, warmup=50, decay=0.7, ema=0.995),
         training=replace(base.training, steps=steps),
     )
 
 
 def distill(base: Config) -> Config:
     """Distils the base of a run: about 15 minutes on 2 cores for `small`."""
-    return _distilled(base, steps=1300)
+    return _distilled(base, steps=2000)
 
 
 def distill_quickstart(base: Config) -> Config:
     """`distill`, shorter: about 4 minutes on 2 cores."""
-    return _distilled(base, steps=350)
+    return _distilled(base, steps=500)
 
 
 PRESETS: dict[str, Callable[[], Config]] = {

@@ -1,8 +1,9 @@
 """Is a flow map in a few calls as good as its base in 64 Euler steps?
 
-Rows: the map at 1, 2, 4 calls, the base at 4 and 64 steps, and texts of known worth (i.i.d. letters, Markov chains,
+Rows: the map at 1, 2, 4, 8 calls, the base at 4 and 64 steps, and texts of known worth (i.i.d. letters, Markov chains,
 which must fail, and held-out text, which must pass). Measures, docs/log.md: forward order-6 bits, reverse order-4
-bits of held-out text under a model of the samples, token entropy and word distinct-2 beside held-out text.
+bits of held-out text under a model of the samples, both on samples of the trained length; token entropy and word
+distinct-2 beside held-out text, on texts of 1,024 characters, which a model writes block by block.
 """
 
 import argparse
@@ -14,34 +15,39 @@ import numpy as np
 from common import in_parallel, record
 from rich.console import Console
 
-from catmaps.evaluation.collect import build_judge, judge_length
+from catmaps.evaluation.collect import build_judge, judge_length, long_texts
 from catmaps.evaluation.judge import Judge
 from catmaps.evaluation.quality import HELDOUT, Bars, Quality, control_rows, quality, quality_table, verdict
 from catmaps.generation import SamplingConfig, generate_texts
 from catmaps.model import compile_blocks, load_run
 from catmaps.training.train import cache_folder, find_shards
 
-Job = tuple[Path, int, str, int, int]
+Job = tuple[Path, int, str, int, int, int]
 
 
-def draw(job: Job) -> list[str]:
-    """(run, steps, sampler, texts, seed) -> texts."""
-    path, steps, sampler, num, seed = job
+def draw(job: Job) -> tuple[list[str], list[str]]:
+    """(run, steps, sampler, samples, long texts, seed) -> samples, long texts."""
+    path, steps, sampler, num, num_texts, seed = job
     run = load_run(path)
     compile_blocks(run.network)
-    return generate_texts(run, num, SamplingConfig(steps=steps, sampler=sampler, seed=seed, batch=128))
+    config = SamplingConfig(steps=steps, sampler=sampler, seed=seed, batch=128)
+    judge = build_judge(find_shards(run.config), run.tokenizer, cache_folder())
+    return generate_texts(run, num, config), long_texts(run, judge, config, num_texts)
 
 
 def rows(jobs: dict[str, Job], judge: Judge, workers: int) -> dict[str, Quality]:
     """Quality by name; every job is dealt to all workers in equal parts."""
     parts = [
-        (path, steps, sampler, math.ceil(num / workers), seed + 1000 * worker)
-        for path, steps, sampler, num, seed in jobs.values()
+        (path, steps, sampler, math.ceil(num / workers), math.ceil(num_texts / workers), seed + 1000 * worker)
+        for path, steps, sampler, num, num_texts, seed in jobs.values()
         for worker in range(workers)
     ]
-    texts = in_parallel(draw, parts, workers)
-    grouped = [[text for part in texts[i * workers : (i + 1) * workers] for text in part] for i in range(len(jobs))]
-    return {name: quality(group, judge) for name, group in zip(jobs, grouped, strict=True)}
+    drawn = in_parallel(draw, parts, workers)
+    measured = {}
+    for i, name in enumerate(jobs):
+        samples, texts = ([text for part in drawn[i * workers : (i + 1) * workers] for text in part[k]] for k in (0, 1))
+        measured[name] = quality(samples, judge, texts)
+    return measured
 
 
 def main() -> None:
@@ -49,6 +55,7 @@ def main() -> None:
     parser.add_argument("map", type=Path)
     parser.add_argument("base", type=Path)
     parser.add_argument("--characters", type=int, default=1_000_000, help="of samples per row")
+    parser.add_argument("--texts", type=int, default=128, help="long texts per row")
     parser.add_argument("--workers", type=int, default=2, help="one-core processes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="few_steps", help="of the record")
@@ -57,10 +64,14 @@ def main() -> None:
     judge = build_judge(find_shards(run.config), run.tokenizer, cache_folder())
     length = judge_length(run, judge)
     num = math.ceil(options.characters / length / options.workers) * options.workers
-    jobs: dict[str, Job] = {f"map, {n} calls": (options.map, n, "flow_map", num, options.seed) for n in (1, 2, 4)}
-    jobs |= {f"base, {n} Euler steps": (options.base, n, "euler", num, options.seed) for n in (4, 64)}
+    draws = [
+        *((f"map, {n} calls", options.map, n, "renoise") for n in (1, 2, 4, 8)),
+        ("map, 4 calls of flow_map", options.map, 4, "flow_map"),
+        *((f"base, {n} Euler steps", options.base, n, "euler") for n in (4, 64)),
+    ]
+    jobs = {name: (run, n, sampler, num, options.texts, options.seed) for name, run, n, sampler in draws}
     measured = rows(jobs, judge, options.workers)
-    controls = control_rows(judge, length, num, np.random.default_rng(options.seed))
+    controls = control_rows(judge, length, num, np.random.default_rng(options.seed), options.texts)
     everything = {**measured, **controls}
     base, reference = measured["base, 64 Euler steps"], controls[HELDOUT]
     Console(width=150).print(quality_table(everything, reference))

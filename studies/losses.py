@@ -8,7 +8,7 @@ from common import in_parallel, record
 from few_steps import Job, rows
 from rich.console import Console
 
-from catmaps.evaluation.collect import build_judge, judge_length, read_metrics
+from catmaps.evaluation.collect import build_judge, read_metrics
 from catmaps.evaluation.quality import quality_table
 from catmaps.model import load_run, read_config
 from catmaps.presets import distill_quickstart
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("base", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/losses"))
     parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--texts", type=int, default=1024)
+    parser.add_argument("--samples", type=int, default=2048)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -47,9 +47,10 @@ def main() -> None:
     minutes = dict(zip(LOSSES, in_parallel(distil, jobs, options.workers), strict=True))
     run = load_run(options.base)
     judge = build_judge(find_shards(run.config), run.tokenizer, cache_folder())
-    assert judge_length(run, judge) > 0
-    draws: dict[str, Job] = {f"{loss}, 4 calls": (f, 4, "flow_map", options.texts, 0) for loss, f in folders.items()}
-    draws["base, 4 Euler steps"] = (options.base, 4, "euler", options.texts, 0)
+    draws: dict[str, Job] = {
+        f"{loss}, 4 calls": (f, 4, "renoise", options.samples, 64, 0) for loss, f in folders.items()
+    }
+    draws["base, 4 Euler steps"] = (options.base, 4, "euler", options.samples, 64, 0)
     measured = rows(draws, judge, options.workers)
     Console(width=150).print(quality_table(measured))
     figures = {

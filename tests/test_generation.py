@@ -5,12 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 
 from catmaps.errors import UserError
 from catmaps.flow.samplers import SAMPLERS
-from catmaps.generation import SamplingConfig, default_sampling, generate, generate_texts
+from catmaps.generation import SamplingConfig, continue_tokens, default_sampling, extend, generate, generate_texts
 from catmaps.model import Run, load_run
 from catmaps.network.denoiser import FlowNetwork
 
@@ -91,8 +92,16 @@ def test_calls_are_what_the_configuration_says(map_: Run, calls: list[int]) -> N
         assert set(calls) == {4}
 
 
+def test_renoising_comes_back_late_and_other_samplers_step_evenly(map_: Run) -> None:
+    even = torch.tensor([0, 0.25, 0.5, 0.75, 1], dtype=torch.float64)
+    for sampler in SAMPLERS:
+        times = SamplingConfig(steps=4, sampler=sampler).times(map_)
+        expected = even ** (1 / 3) if sampler == "renoise" else even
+        torch.testing.assert_close(map_.clock.cdf(times.double()), expected, rtol=0, atol=1e-6)
+
+
 def test_a_map_jumps_and_a_base_is_followed(base: Run, map_: Run) -> None:
-    assert (default_sampling(map_).sampler, default_sampling(map_).steps) == ("flow_map", 4)
+    assert (default_sampling(map_).sampler, default_sampling(map_).steps) == ("renoise", 4)
     assert (default_sampling(base).sampler, default_sampling(base).steps) == ("euler", 64)
     assert default_sampling(map_, 2).steps == default_sampling(base, 2).steps == 2
     for run in (base, map_):
@@ -132,3 +141,45 @@ def test_temperature_near_zero_takes_the_likeliest(map_: Run) -> None:
 def test_what_cannot_be_drawn_is_refused(change: dict[str, int | str | float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         SamplingConfig(**change)  # pyright: ignore[reportArgumentType]
+
+
+def test_long_texts_are_written_block_by_block_behind_what_is_there(map_: Run, calls: list[int]) -> None:
+    length = map_.config.data.length
+    (long,) = generate(map_, 3, CONFIG, length=2 * length)
+    assert long.shape == (3, 2 * length)
+    assert len(calls) == 3 * CONFIG.steps  # a whole window, then half a window at a time
+    (short,) = generate(map_, 3, CONFIG)
+    assert torch.equal(long[:, :length], short)
+    assert len({tuple(row.tolist()) for row in long}) == 3
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0, 1.6])
+def test_extend_writes_what_is_asked_for_and_keeps_the_prompt(sampler: str, share: float, map_: Run) -> None:
+    length = map_.config.data.length
+    known, wanted = round(share * length), length // 2 - 3
+    prompt = torch.randint(0, 27, (2, known), generator=torch.Generator().manual_seed(1))
+    config = replace(CONFIG, sampler=sampler, steps=1)
+    seen: list[torch.Tensor] = []
+    generator = torch.Generator().manual_seed(2)
+    new = extend(map_, prompt, wanted, config, generator, lambda t, endpoint: seen.append(endpoint.argmax(-1)))
+    assert new.shape == (2, wanted)
+    first = min(known, length - wanted)
+    assert torch.equal(seen[0][:, :first], prompt[:, known - first :])
+
+
+def test_nothing_is_written_where_nothing_is_wanted(map_: Run, calls: list[int]) -> None:
+    prompt = torch.zeros(2, 5, dtype=torch.long)
+    assert extend(map_, prompt, 0, CONFIG, torch.Generator()).shape == (2, 0)
+    assert calls == []
+
+
+def test_continuations_come_back_in_the_order_of_their_prompts(map_: Run) -> None:
+    prompts = [np.full(n, n % 27) for n in (3, 0, 7, 3, 100)]
+    one_by_one = replace(CONFIG, batch=1)
+    written = continue_tokens(map_, prompts, 20, one_by_one)
+    assert [len(row) for row in written] == [20] * 5
+    assert not np.array_equal(written[0], written[3])  # the same prompt, drawn with other noise
+    again = continue_tokens(map_, prompts, 20, one_by_one)
+    assert all(np.array_equal(a, b) for a, b in zip(written, again, strict=True))
+    assert len(continue_tokens(map_, prompts, 20, CONFIG)) == 5

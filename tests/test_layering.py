@@ -99,6 +99,12 @@ def test_the_network_knows_no_flow(path: Path) -> None:
     assert not found
 
 
+@pytest.mark.parametrize("path", below("baselines"), ids=short)
+def test_baselines_ask_a_network_for_nothing_but_logits(path: Path) -> None:
+    allowed = "torch", "numpy", "jaxtyping", "catmaps.flow", "catmaps.baselines"
+    assert not {name for name in imports_of(path) if stranger(name, *allowed)}
+
+
 @pytest.mark.parametrize("path", below("text"), ids=short)
 def test_text_knows_neither_mathematics_nor_network_nor_training(path: Path) -> None:
     forbidden = "catmaps.flow", "catmaps.network", "catmaps.training"

@@ -36,7 +36,7 @@ class Info:
             body, words = run.network.num_parameters()
             rows = read_metrics(run)
             facts = {
-                "kind": "flow map" if run.is_map else "base flow",
+                "kind": run.kind,
                 "tokenizer": run.tokenizer.name,
                 "vocabulary": run.tokenizer.vocab_size,
                 "step": max((int(row["step"]) for row in rows), default=0),

@@ -20,6 +20,8 @@ class Report:
     """File to write; default: report.html in the run's folder."""
     num: int = 512
     """Samples per number of calls."""
+    texts: int = 32
+    """Long texts per number of calls, for entropy and distinct-2."""
     windows: int = 512
     """Windows of test text for the bound."""
     calls: tuple[int, ...] = (1, 2, 4, 8, 64)
@@ -40,13 +42,14 @@ class Report:
         from catmaps.model import load_run
         from catmaps.training.train import cache_folder, find_shards
 
-        if not self.calls or min(self.calls) < 1 or self.num < 1 or self.windows < 2:
-            raise UserError("--calls and --num must be at least 1, --windows at least 2")
+        if not self.calls or min(self.calls) < 1 or self.num < 1 or self.texts < 1 or self.windows < 2:
+            raise UserError("--calls, --num and --texts must be at least 1, --windows at least 2")
         run = load_run(self.run_)
         origin = self.base or (Path(run.config.base) if run.config.base else None)
         base = load_run(origin) if origin is not None and (self.base is not None or origin.exists()) else None
         shards = find_shards(run.config)
-        data, bound = collect(run, base, shards, cache_folder(), num=self.num, windows=self.windows, calls=self.calls)
+        counts = {"num": self.num, "num_texts": self.texts, "windows": self.windows, "calls": self.calls}
+        data, bound = collect(run, base, shards, cache_folder(), **counts)
         out = self.out or self.run_ / "report.html"
         write_report(out, data)
         rows = {f"{row.series}, {row.calls} calls": row.quality for row in data.rows}

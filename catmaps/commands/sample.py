@@ -11,7 +11,8 @@ from catmaps.cli import parse
 
 @dataclass(frozen=True)
 class Sample:
-    """Write texts. A map jumps (flow_map, 4 steps); a base is followed (euler, 64 steps).
+    """Write texts. A map jumps (renoise, 4 steps); a base is followed (euler, 64 steps), as are baselines (64 steps;
+    autoregressive: one call per token).
 
     Example: catmaps sample runs/map --steps 2 --num 4 --seed 1
     """
@@ -45,6 +46,10 @@ class Sample:
         if self.num < 1 or (self.length is not None and self.length < 1):
             raise UserError("--num and --length must be at least 1")
         run = load_run(self.run_)
+        if run.baseline is not None and self.show_trajectory:
+            raise UserError(f"run {self.run_} is a {run.kind}, which has no trajectory; leave out --show-trajectory")
+        if run.baseline is not None and run.baseline.sequential and self.steps is not None:
+            raise UserError(f"run {self.run_} makes one call per token; leave out --steps")
         config = default_sampling(run, self.steps)
         if self.sampler is not None:
             config = replace(config, sampler=self.sampler)

@@ -103,6 +103,8 @@ def _read_distill(args: list[str], prog: str) -> Start:
     if (preset or "distill") not in DISTILLATIONS:
         raise UserError(f"no distillation preset {preset}; there are {', '.join(DISTILLATIONS)}")
     base = read_config(Path(source))
+    if base.family != "flow":
+        raise UserError(f"run {source} is of family {base.family}: only a flow can be distilled into a map")
     config = replace(DISTILLATIONS[preset or "distill"](base), base=source, preset=preset or "distill")
     command: Train = parse(Train, rest, f"{prog} --from {source}", Train(config=config))
     if command.config.network != base.network or command.config.data.tokenizer != base.data.tokenizer:
@@ -138,7 +140,7 @@ def _train(folder: Path, config: Config) -> dict[str, Any]:
     from catmaps.training.train import train
 
     outcome = train(folder)
-    kind = "map" if config.objective.off_diagonal else "base"
+    kind = config.family if config.family != "flow" else "map" if config.objective.off_diagonal else "base"
     if outcome.complete:
         print(f"{kind} trained: {folder} ({outcome.step} steps). Next: catmaps sample {folder}")
     else:

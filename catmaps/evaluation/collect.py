@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,6 @@ import torch
 from catmaps.evaluation.judge import LETTERS, Judge, JudgeConfig
 from catmaps.evaluation.quality import Quality, control_rows, draw_chunks, quality
 from catmaps.evaluation.report import CallsRow, ClockBin, CurvePoint, NelboPoint, ReportData, TrajectoryRow
-from catmaps.flow.flow_map import FlowMap
 from catmaps.flow.interpolant import gaussian, interpolate
 from catmaps.flow.likelihood import squared_error
 from catmaps.generation import SamplingConfig, default_sampling, generate, generate_texts
@@ -57,7 +56,7 @@ def read_metrics(run: Run) -> list[dict[str, float | int]]:
 @torch.inference_mode()
 def clock_bins(run: Run, tokens: torch.Tensor, bins: int = 24) -> list[ClockBin]:
     """Cross-entropy and squared error of the diagonal over the run's clock, on held-out text."""
-    flow_map, generator, rows = FlowMap(run.network), run.generator(0), []
+    flow_map, generator, rows = run.flow_map, run.generator(0), []
     tokens = tokens.to(run.device)
     for i in range(bins):
         tau = (i + 0.5) / bins
@@ -95,14 +94,38 @@ def heldout_score(run: Run, shards: Path, windows: int, num_samples: int = 16) -
     return score(run, torch.from_numpy(tokens), num_samples=num_samples)
 
 
-def measure(run: Run, judge: Judge, calls: int, num: int, seed: int = 0) -> tuple[Quality, list[str]]:
+def long_texts(run: Run, judge: Judge, config: SamplingConfig, num: int) -> list[str]:
+    """Texts of the judge's `min_chars` characters each, written block by block."""
+    wanted = judge.config.min_chars
+    share = run.config.data.length / judge_length(run, judge)  # tokens per character
+    tokens = wanted if run.tokenizer.name == "text8" else math.ceil(1.25 * share * wanted)
+    texts = generate_texts(run, num, config, length=tokens)
+    while short := [i for i, text in enumerate(texts) if len(text) < wanted]:  # tokens of few characters
+        longer = generate_texts(run, num, config, length=(tokens := 2 * tokens))
+        texts = [longer[i] if i in short else text for i, text in enumerate(texts)]
+    return [text[:wanted] for text in texts]
+
+
+def measure(
+    run: Run, judge: Judge, calls: int, num: int, seed: int = 0, num_texts: int | None = None
+) -> tuple[Quality, list[str]]:
     """Samples at a number of calls by the run's own sampler, and their quality."""
-    texts = generate_texts(run, num, SamplingConfig(**{**asdict(default_sampling(run, calls)), "seed": seed}))
-    return quality(texts, judge), texts
+    sampling = replace(default_sampling(run, calls), seed=seed)
+    samples = generate_texts(run, num, sampling)
+    texts = None if num_texts is None else long_texts(run, judge, sampling, num_texts)
+    return quality(samples, judge, texts), samples
 
 
 def collect(
-    run: Run, base: Run | None, shards: Path, cache: Path, *, num: int, windows: int, calls: tuple[int, ...]
+    run: Run,
+    base: Run | None,
+    shards: Path,
+    cache: Path,
+    *,
+    num: int,
+    num_texts: int,
+    windows: int,
+    calls: tuple[int, ...],
 ) -> tuple[ReportData, Score]:
     """Everything for a report of a run and, beside a map, of its base.
 
@@ -112,28 +135,30 @@ def collect(
         shards: The corpus, whose held-out text is the reference.
         cache: Where the judge is kept.
         num: Samples per row.
+        num_texts: Long texts per row.
         windows: Windows of test text for the bound.
         calls: Numbers of network calls.
     """
     judge, rng = build_judge(shards, run.tokenizer, cache), np.random.default_rng(0)
     rows, samples = [], {}
-    for one, name in ((run, "map" if run.is_map else "base, Euler"), (base, "base, Euler")):
-        for n in calls if one is not None else ():
+    own = run.kind if run.baseline is not None else "map" if run.is_map else "base, Euler"
+    for one, name in ((run, own), (base, "base, Euler")):
+        for n in dict.fromkeys(default_sampling(one, n).calls for n in calls) if one is not None else ():
             assert one is not None
-            figures, texts = measure(one, judge, n, num)
+            figures, texts = measure(one, judge, n, num, num_texts=num_texts)
             rows.append(CallsRow(name, n, figures))
             if one is run:
                 samples[n] = texts[:3]
     metrics, bound = read_metrics(run), heldout_score(run, shards, windows)
     length = judge_length(run, judge)
-    controls = control_rows(judge, length, num, rng)
+    controls = control_rows(judge, length, num, rng, num_texts)
     data = ReportData(
         run_name=run.path.name,
-        summary=f"{'flow map' if run.is_map else 'base flow'}, {run.tokenizer.name}, {run.config.data.length} tokens",
+        summary=f"{run.kind}, {run.tokenizer.name}, {run.config.data.length} tokens",
         figures=_figures(run, bound, metrics),
         config=_flatten(asdict(run.config)),
         curve=[CurvePoint(int(row["step"]), row["loss"]) for row in metrics if "loss" in row],
-        clock=clock_bins(run, torch.from_numpy(sequences(shards, "test", run.config.data.length, count=64, seed=1))),
+        clock=[] if run.baseline is not None else clock_bins(run, _some(run, shards)),
         nelbo=[
             NelboPoint(int(row["step"]), row["nelbo_bits_per_char"], row["nelbo_stderr"])
             for row in metrics
@@ -144,9 +169,13 @@ def collect(
         reference=controls["held-out text"],
         samples=samples,
         real_samples=draw_chunks(judge.drawn, length, 3, rng),
-        trajectory=trajectory(run),
+        trajectory=[] if run.baseline is not None else trajectory(run),
     )
     return data, bound
+
+
+def _some(run: Run, shards: Path) -> torch.Tensor:
+    return torch.from_numpy(sequences(shards, "test", run.config.data.length, count=64, seed=1))
 
 
 def judge_length(run: Run, judge: Judge) -> int:
@@ -157,7 +186,7 @@ def judge_length(run: Run, judge: Judge) -> int:
     return max(1, round(run.config.data.length * len(some) / len(run.tokenizer.encode(some))))
 
 
-def _figures(run: Run, bound: Score, metrics: list[dict[str, float]]) -> list[tuple[str, str]]:
+def _figures(run: Run, bound: Score, metrics: list[dict[str, float | int]]) -> list[tuple[str, str]]:
     scale = 1 / (math.log(2) * bound.characters)
     body, vocabulary = run.network.num_parameters()
     seconds = max((row["seconds"] for row in metrics), default=0.0)

@@ -6,7 +6,8 @@ under an n-gram model fitted to the samples, which a model that keeps writing th
 *Does one text repeat itself?* Token entropy and distinct-2 of single texts. No figure means much alone: a
 Markov chain of the training text has better forward bits than real text.
 
-Real text gets the treatment of the samples: cut at random to the model's sequence length, then joined alike.
+Long texts answer the last question: a model of short sequences writes them block by block, real text is cut whole.
+Short samples joined would not do: a text of eight strangers repeats little, and a Markov chain passes for real.
 """
 
 import json
@@ -50,12 +51,12 @@ class Quality:
         zlib_ratio: Compressed / raw size of all samples together.
         letter_entropy_pooled: Of all characters together.
         num_samples, num_chars: How many samples, and characters in them.
-    Averages over joined texts (`join_texts`), of `text_chars` characters in the mean:
+    Averages over long texts, of `text_chars` characters in the mean:
         token_entropy, token_entropy_stderr: Of the retokenised ids of one text.
         distinct_2, distinct_2_stderr: Different word pairs / word pairs of one text.
         letter_entropy: Of the characters of one text.
         repetition_rate: Share of words that occur among the 16 words before.
-        num_texts: How many joined texts.
+        num_texts: How many long texts.
     """
 
     forward_bits: float
@@ -152,14 +153,22 @@ def draw_chunks(text: str, length: int, num: int, rng: np.random.Generator) -> l
     return chunks[:num]
 
 
-def quality(samples: Sequence[str], judge: Judge) -> Quality:
+def quality(samples: Sequence[str], judge: Judge, texts: Sequence[str] | None = None) -> Quality:
     """Measure samples, all of one length, in the alphabet of the judge.
 
+    Args:
+        samples: Of the model's own length.
+        judge: What they are measured against.
+        texts: Long texts, at least the judge's `min_chars` characters each; None: the samples, joined if they are
+            shorter (`join_texts`), which only compares with rows joined alike.
+
     Raises:
-        UserError: If the samples are too few for one text of the judge's `min_chars`, or hold other
-            characters.
+        UserError: If a text is shorter than the judge's `min_chars`, the samples are too few for one, or they hold
+            other characters.
     """
-    texts = join_texts(samples, judge.config.min_chars)
+    texts = join_texts(samples, judge.config.min_chars) if texts is None else texts
+    if not texts or min(map(len, texts)) < judge.config.min_chars:
+        raise UserError(f"token entropy and distinct-2 need texts of at least {judge.config.min_chars:,} characters")
     symbols = judge.symbols(samples)
     forward = judge.forward.bits_per_char(symbols)
     reverse_bits, reverse_chars = _reverse(symbols, judge)
@@ -186,12 +195,17 @@ def quality(samples: Sequence[str], judge: Judge) -> Quality:
     )
 
 
-def heldout_quality(judge: Judge, length: int, num: int, rng: np.random.Generator) -> Quality:
+def heldout_quality(
+    judge: Judge, length: int, num: int, rng: np.random.Generator, num_texts: int | None = None
+) -> Quality:
     """Quality of real text in the form of samples: the reference for models of that sequence length."""
-    return quality(draw_chunks(judge.drawn, length, num, rng), judge)
+    texts = None if num_texts is None else draw_chunks(judge.drawn, judge.config.min_chars, num_texts, rng)
+    return quality(draw_chunks(judge.drawn, length, num, rng), judge, texts)
 
 
-def control_rows(judge: Judge, length: int, num: int, rng: np.random.Generator) -> dict[str, Quality]:
+def control_rows(
+    judge: Judge, length: int, num: int, rng: np.random.Generator, num_texts: int | None = None
+) -> dict[str, Quality]:
     """Quality of texts of known worth: independent letters, Markov chains of the training text, real text.
 
     Chains whose context the judge's forward model does not reach are left out.
@@ -201,6 +215,7 @@ def control_rows(judge: Judge, length: int, num: int, rng: np.random.Generator) 
         length: Characters per sample: the model's sequence length.
         num: Number of samples per row: as many as of the model.
         rng: Source of randomness.
+        num_texts: Number of long texts per row; None: the samples joined.
 
     Returns:
         Rows by name, real text last.
@@ -208,9 +223,13 @@ def control_rows(judge: Judge, length: int, num: int, rng: np.random.Generator) 
     rows = {}
     for name, context in CONTROL_CONTEXTS.items():
         if context < judge.forward.order:
-            chain = markov_text(judge.forward, context, (num, length), rng)
-            rows[name] = quality([judge.text(row) for row in chain], judge)
-    rows[HELDOUT] = heldout_quality(judge, length, num, rng)
+
+            def chains(count: int, size: int, context: int = context) -> list[str]:
+                return [judge.text(row) for row in markov_text(judge.forward, context, (count, size), rng)]
+
+            texts = None if num_texts is None else chains(num_texts, judge.config.min_chars)
+            rows[name] = quality(chains(num, length), judge, texts)
+    rows[HELDOUT] = heldout_quality(judge, length, num, rng, num_texts)
     return rows
 
 

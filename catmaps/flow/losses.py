@@ -18,7 +18,7 @@ from catmaps.flow.flow_map import FlowMap, kl_divergence
 from catmaps.flow.interpolant import State, advance, move, step_fraction
 from catmaps.flow.times import Pair
 
-RATIO_FLOOR = 1e-2  # floor of the ratios of posteriors in (11), (12); exact maps have them positive
+RATIO_FLOOR = 1e-2  # floor of the target of (12), as a share of the map; at an exact map they are equal
 
 
 class TokenLoss(NamedTuple):
@@ -153,27 +153,28 @@ def ecld(flow_map: FlowMap, teacher: FlowMap, state: State, times: Pair, weight:
 
 
 def esd(flow_map: FlowMap, teacher: FlowMap, state: State, times: Pair, weight: Float[Tensor, "b l"]) -> TokenLoss:
-    """Eulerian self-distillation in KL form: moving the start along the flow does not move the endpoint's map.
+    """Eulerian self-distillation in KL form: moving the start along the flow does not move where the map leads.
 
-    With D = d/ds along the flow (dx = v_s(x)) and delta the rate of log mu_{s,t} along it, an exact map has
+    With D = d/ds along the flow (dx = v_s(x)) an exact map has
 
-        mu_{s,s}(x) (1 - t) / [(1 - t) - (1 - s)(t - s) delta]  ~  mu_{s,t}(x),                                 (12)
+        r = (1 - t) (mu_{s,t} - mu_{s,s}) - (1 - s)(t - s) D mu_{s,t} = 0,                                      (12)
 
-    so the target is softmax(log mu_{s,s} - log[(1 - t) - (1 - s)(t - s) delta]), the bracket floored relative to
-    its largest positive value. Target and tangent carry no gradient.
+    and the target is the step mu_{s,t} - r of the residual's fixed-point iteration, floored at a small share of
+    mu_{s,t}, where no exact map is. Target and tangent carry no gradient. Written as the quotient mu_{s,s} /
+    (1 - t - (1 - s)(t - s) D log mu_{s,t}) the same identity is 0 / 0 at t = 1 and teaches nothing there.
 
-    Source: DFM, arXiv:2604.09784, eq. 43; docs/maths.md (c5).
+    Source: DFM, arXiv:2604.09784, eq. 43 (the quotient); docs/maths.md (c5).
     """
     s, _, t = times
     with torch.no_grad():
-        base = teacher.log_endpoint(state, s, s)
+        base = teacher.endpoint(state, s, s)
         moving = (t > s).to(s.dtype)
         rest = torch.where(t > s, 1 - s, torch.ones_like(s))
-        drift = move(state, base.exp(), (moving / rest).expand(weight.shape))
-        rate = flow_map.endpoint_with_tangent(state, s, t, ds=moving, dt=torch.zeros_like(t), dx=drift).logit_rate
-        bracket = (1 - t)[..., None] - ((1 - s) * (t - s))[..., None] * rate
-        floor = RATIO_FLOOR * bracket.amax(-1, keepdim=True).clamp_min(RATIO_FLOOR)
-        target = (base - bracket.maximum(floor).log()).softmax(-1)
+        drift = move(state, base, (moving / rest).expand(weight.shape))
+        now = flow_map.endpoint_with_tangent(state, s, t, ds=moving, dt=torch.zeros_like(t), dx=drift)
+        residual = (1 - t)[..., None] * (now.endpoint - base) - ((1 - s) * (t - s))[..., None] * now.endpoint_rate
+        target = (now.endpoint - residual).maximum(RATIO_FLOOR * now.endpoint)
+        target = target / target.sum(-1, keepdim=True)
     return _weighted(kl_divergence(target, flow_map.log_endpoint(state, s, t)), weight)
 
 

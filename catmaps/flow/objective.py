@@ -15,7 +15,7 @@ from torch import Tensor
 from catmaps.flow.flow_map import FlowMap
 from catmaps.flow.interpolant import State, interpolate
 from catmaps.flow.losses import OFF_DIAGONAL, TokenLoss, anchor, endpoint_cross_entropy, soft_cross_entropy
-from catmaps.flow.times import Law, Pair, pairs, stratified
+from catmaps.flow.times import Law, Pair, final_pairs, ladder_pairs, pairs, stratified
 
 DIAGONAL, OFF_DIAGONAL_ROW, ANCHOR = 0, 1, 2
 GOLDEN = 0.6180339887498949  # multiples of it modulo 1 spread evenly over every stride: each process gets its share
@@ -35,11 +35,15 @@ class ObjectiveConfig:
     """Largest gap of an anchor, in units of the clock."""
     boundary: float = 0.25
     """Share of the other off-diagonal sequences with (s, t) = (0, 1)."""
+    final: float = 0.0
+    """Share of the others that end at t = 1: the jumps of renoising, from times spread over the sampling clock."""
+    ladder: float = 0.0
+    """Share of what is left that are single steps of a sampling grid of 1, 2, 4, ... or 32 steps."""
     clean: float = 0.25
     """Share of sequences with a clean prefix or span, for prompts and conditional scores."""
 
     def __post_init__(self) -> None:
-        for name in ("off_diagonal", "anchor", "anchor_gap", "boundary", "clean"):
+        for name in ("off_diagonal", "anchor", "anchor_gap", "boundary", "final", "ladder", "clean"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"objective.{name} must lie in [0, 1], not {getattr(self, name)}")
 
@@ -60,19 +64,46 @@ class Plan(NamedTuple):
         return Plan(self.role[index].to(device), times, self.known[index].to(device))
 
 
-def plan(config: ObjectiveConfig, law: Law, batch: int, length: int, generator: torch.Generator) -> Plan:
-    """Draws roles, times (stratified over the batch) and clean positions for a global batch."""
+def plan(
+    config: ObjectiveConfig, law: Law, batch: int, length: int, generator: torch.Generator, sampling: Law | None = None
+) -> Plan:
+    """Draws roles, times (stratified over the batch) and clean positions for a global batch.
+
+    Args:
+        config: The mixture.
+        law: Law of diagonal times, and the clock of pairs.
+        batch: Sequences over all processes.
+        length: Tokens of a sequence.
+        generator: Source of randomness, the same on every process.
+        sampling: The clock of sampling grids, on which the ladder's pairs are drawn; None: `law`.
+    """
     place = (torch.arange(batch, dtype=torch.float64) + 0.5) * GOLDEN % 1
     off = place < config.off_diagonal
     anchored = place < config.off_diagonal * config.anchor
     role = off.long() + anchored.long()
     t = law.quantile(stratified(batch, generator))[:, None]
-    gap, start, boundary = (stratified(batch, generator) for _ in range(3))
+    pair = _pairs(config, law, sampling or law, anchored, generator)
+    known = clean_positions(batch, length, config.clean, generator)
+    return Plan(role, Pair(*(torch.where(off[:, None], p, t) for p in pair)), known)
+
+
+def _pairs(
+    config: ObjectiveConfig, law: Law, sampling: Law, anchored: Bool[Tensor, "b"], generator: torch.Generator
+) -> Pair:
+    """Off-diagonal times of every row: anchors, (0, 1), final jumps, rungs of the ladder, and general pairs."""
+    batch = len(anchored)
+    gap, start, boundary, final, early, ladder, rung, place = (stratified(batch, generator) for _ in range(8))
     gap = torch.where(anchored, gap * config.anchor_gap, gap)
     boundary = torch.where(anchored, torch.ones_like(boundary), boundary)
     pair = pairs(law, gap, start, boundary, config.boundary)
-    times = Pair(*(torch.where(off[:, None], p, t) for p in pair))
-    return Plan(role, times, clean_positions(batch, length, config.clean, generator))
+    free = ~anchored & (boundary >= config.boundary)
+    ends = free & (final < config.final)
+    for chosen, other in (
+        (ends, final_pairs(sampling, early)),
+        (free & ~ends & (ladder < config.ladder), ladder_pairs(sampling, rung, place)),
+    ):
+        pair = Pair(*(torch.where(chosen[:, None], a, b) for a, b in zip(other, pair, strict=True)))
+    return pair
 
 
 def clean_positions(batch: int, length: int, share: float, generator: torch.Generator) -> Bool[Tensor, "{batch} l"]:

@@ -172,10 +172,34 @@ def pairs(
     return Pair(s[:, None], clock.midpoint(s, t)[:, None], t[:, None])
 
 
-def grid(clock: Law, steps: int) -> Float[Tensor, "n"]:
-    """Times 0 = t_0 < ... < t_steps = 1, equally spaced on the clock."""
+def final_pairs(clock: Law, start: Float[Tensor, "b"]) -> Pair:
+    """Jumps to the end, (s, 1): s at `start`, uniform draws in [0, 1), of the clock, at least 1/512 of it from the end."""
+    s = clock.quantile(start.clamp_max(1 - 1 / 512))[:, None]
+    t = torch.ones_like(s)
+    return Pair(s, clock.midpoint(s, t), t)
+
+
+LADDER = 6  # grids of 1, 2, 4, ..., 32 steps
+
+
+def ladder_pairs(clock: Law, rung: Float[Tensor, "b"], place: Float[Tensor, "b"]) -> Pair:
+    """Single steps of sampling grids (`grid`) of 1, 2, 4, ..., 32 steps, with the step's middle on the next finer grid.
+
+    A map that is right on each rung, given the one below, samples in any of these numbers of calls. Arguments are
+    uniform draws in [0, 1): which grid, and which of its steps.
+
+    Source: the dyadic times of shortcut models, Frans et al. 2024, arXiv:2410.12557.
+    """
+    steps = (rung.double() * LADDER).floor().exp2()
+    left = (place.double() * steps).floor()
+    s, u, t = (clock.quantile((left + part) / steps).to(rung.dtype)[:, None] for part in (0.0, 0.5, 1.0))
+    return Pair(s, u, t)
+
+
+def grid(clock: Law, steps: int, bend: float = 1.0) -> Float[Tensor, "n"]:
+    """Times 0 = t_0 < ... < t_steps = 1: equally spaced on the clock, or at (i / steps)^bend of it."""
     if steps < 1:
         raise ValueError(f"a sampler needs at least 1 step, not {steps}")
-    times = clock.quantile(torch.linspace(0, 1, steps + 1, dtype=torch.float64))
+    times = clock.quantile(torch.linspace(0, 1, steps + 1, dtype=torch.float64) ** bend)
     times[0], times[-1] = 0.0, 1.0
     return times.float()

@@ -1,7 +1,10 @@
 """The transformer: pre-RMSNorm blocks, full attention with RoPE and QK-norm, squared ReLU, adaptive modulation.
 
 Residual projections start at zero and gates at one, so a new block is the identity and learns from its first step.
+A causal trunk lets no position see a later one; it serves autoregressive baselines and has no tangents.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -47,12 +50,15 @@ def head_norm(norm: nn.RMSNorm, x: Float[Tensor, "b h l e"]) -> Float[Tensor, "b
 
 
 def attention(
-    q: Float[Tensor, "b h l e"], k: Float[Tensor, "b h l e"], v: Float[Tensor, "b h l e"]
+    q: Float[Tensor, "b h l e"], k: Float[Tensor, "b h l e"], v: Float[Tensor, "b h l e"], causal: bool = False
 ) -> Float[Tensor, "b h l e"]:
-    """Full attention by the fastest kernel: plain matrix products on CPUs at moderate lengths."""
+    """Full or causal attention by the fastest kernel: plain matrix products on CPUs at moderate lengths."""
     if q.device.type != "cpu" or q.shape[-2] > DENSE_LENGTH:
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     score = (q * q.shape[-1] ** -0.5) @ k.mT
+    if causal:
+        later = torch.ones(score.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        score = score.masked_fill(later, -math.inf)
     return score.float().softmax(-1).to(v.dtype) @ v if score.dtype == torch.bfloat16 else score.softmax(-1) @ v
 
 
@@ -72,9 +78,9 @@ def gated(x: Tensor, dx: Tensor, gate: tuple[Tensor, Tensor], y: tuple[Tensor, T
 class Block(nn.Module):
     """One transformer block of width d; `modulation` holds shift, scale, gate of both halves, (B, K, 6 d)."""
 
-    def __init__(self, width: int, heads: int, conditioning: int, mlp_ratio: int) -> None:
+    def __init__(self, width: int, heads: int, conditioning: int, mlp_ratio: int, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.query_norm = nn.RMSNorm(width // heads, eps=EPS)
         self.key_norm = nn.RMSNorm(width // heads, eps=EPS)
@@ -110,7 +116,7 @@ class Block(nn.Module):
         y = F.rms_norm(x, x.shape[-1:], eps=EPS) * (1 + scale1) + shift1
         q, k, v = self._split_heads(self.qkv(y))
         q, k = rotate(head_norm(self.query_norm, q), wave), rotate(head_norm(self.key_norm, k), wave)
-        y = attention(q, k, v)
+        y = attention(q, k, v, self.causal)
         x = x + (1 + gate1) * self.attention_out(y.transpose(1, 2).flatten(2))
         y = F.rms_norm(x, x.shape[-1:], eps=EPS) * (1 + scale2) + shift2
         return x + (1 + gate2) * self.down(F.relu(self.up(y)).square())
@@ -122,7 +128,8 @@ class Block(nn.Module):
         index: Int[Tensor, "b l"] | None,
         wave: Float[Tensor, "2 l half"],
     ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b l d"]]:
-        """`forward` and its derivative along a tangent of (x, condition)."""
+        """`forward` and its derivative along a tangent of (x, condition); of full attention only."""
+        assert not self.causal
         m, dm = tangent.linear(self.modulation, *condition)
         parts = [(select(a, index), select(b, index)) for a, b in zip(m.chunk(6, -1), dm.chunk(6, -1), strict=True)]
         z, dz = tangent.linear(self.qkv, *modulated(*x, parts[0], parts[1]))
@@ -169,10 +176,12 @@ class FinalNorm(nn.Module):
 class Trunk(nn.Module):
     """Blocks and a final adaptive norm: (B, L, d) -> (B, L, d)."""
 
-    def __init__(self, width: int, blocks: int, heads: int, conditioning: int, mlp_ratio: int) -> None:
+    def __init__(
+        self, width: int, blocks: int, heads: int, conditioning: int, mlp_ratio: int, causal: bool = False
+    ) -> None:
         super().__init__()
         self.head_dim = width // heads
-        self.blocks = nn.ModuleList(Block(width, heads, conditioning, mlp_ratio) for _ in range(blocks))
+        self.blocks = nn.ModuleList(Block(width, heads, conditioning, mlp_ratio, causal) for _ in range(blocks))
         self.final_norm = FinalNorm(width, conditioning)
 
     def _waves(self, x: Tensor) -> Tensor:

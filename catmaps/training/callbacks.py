@@ -15,8 +15,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from catmaps.flow.flow_map import FlowMap
-from catmaps.flow.likelihood import nelbo
 from catmaps.model import CLOCK, METRICS, MODEL, write_law, write_tensors
 from catmaps.training.module import FlowTrainModule
 
@@ -143,14 +141,13 @@ class ValidationCallback(Callback):
 
 
 def validation_bound(module: FlowTrainModule, tokens: Int[Tensor, "n l"]) -> tuple[float, float]:
-    """Mean and standard error over texts of the bound (14), nats per token, with fixed random numbers."""
-    flow_map, size = FlowMap(module.average), module.config.training.micro_batch
+    """Mean and standard error over texts of the family's bound, nats per token, with fixed random numbers."""
     device = module.network.log_prior.device
     generator = torch.Generator(device).manual_seed(0)
     nats = torch.cat(
         [
-            nelbo(flow_map, part.to(device), module.law, num_samples=8, generator=generator).nats
-            for part in tokens.split(size)
+            module.objective.bound(module.average, part.to(device), module.law, generator).nats
+            for part in tokens.split(module.config.training.micro_batch)
         ]
     )
     per_token = nats / tokens.shape[1]

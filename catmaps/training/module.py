@@ -14,39 +14,30 @@ from torch import Tensor, nn
 from catmaps.config import Config
 from catmaps.errors import UserError
 from catmaps.flow.adaptive import InformationClock
-from catmaps.flow.flow_map import FlowMap
-from catmaps.flow.interpolant import counter_noise
-from catmaps.flow.objective import batch_loss, plan
 from catmaps.flow.times import Law
-from catmaps.network.denoiser import FlowNetwork
+from catmaps.network.tokens import Network
+from catmaps.training.objectives import objective_of
 from catmaps.training.optim import build_optimisers, rate, set_rate
 
 ROLES = ("diagonal", "off_diagonal", "anchor")
 
 
 class FlowTrainModule(TrainModule):
-    """Trains a denoiser on the mixture of `config.objective`.
+    """Trains a network of any family on its objective.
 
     Args:
         config: The run's.
         network: In training; on every process the same.
         average: Another network of the same weights, which becomes their moving average.
         teacher: The frozen base of a distillation, or None.
-        law: Law of time at the start; with `config.clock.adaptive` and no teacher it follows the information.
+        law: Law of time at the start; with `config.clock.adaptive` and no teacher it follows the information. Baselines
+            have none: it stays as it is.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        network: FlowNetwork,
-        average: FlowNetwork,
-        teacher: FlowNetwork | None,
-        law: Law,
-    ) -> None:
+    def __init__(self, config: Config, network: Network, average: Network, teacher: Network | None, law: Law) -> None:
         super().__init__()
         self.config, self.network, self.average = config, network, average.requires_grad_(False)
-        self.teacher = None if teacher is None else FlowMap(teacher.requires_grad_(False))
-        self.flow_map = FlowMap(network)
+        self.objective = objective_of(config, network, teacher)
         self.optimisers = build_optimisers(network, config.optimiser)
         self.clock = InformationClock(law)
         self.adapts = config.clock.adaptive and teacher is None
@@ -67,23 +58,12 @@ class FlowTrainModule(TrainModule):
         device = self.network.log_prior.device
         tokens = batch["input_ids"].long().to(device)
         step = 0 if dry_run else self.trainer.global_step
-        generator = torch.Generator().manual_seed(training.seed * 1_000_003 + step)
-        whole = plan(self.config.objective, self.law, len(tokens) * world, tokens.shape[1], generator)
-        noisy = (~whole.known).sum(1).double()
+        whole = self.objective.batch(self.law, len(tokens) * world, tokens.shape[1], (training.seed, step))
         index = torch.arange(len(tokens)) * world + rank
         loss, sums = torch.zeros((), device=device), torch.zeros(3, device=device)
         added = torch.zeros(2, len(self.clock.sums), dtype=torch.float64)
         for rows in torch.arange(len(tokens)).split(training.micro_batch):
-            noise = counter_noise((training.seed, step), index[rows].numpy(), tokens.shape[1], self.network.vocab_size)
-            part = batch_loss(
-                self.flow_map,
-                self.teacher,
-                self.config.objective,
-                tokens[rows],
-                noise.to(device),
-                whole.rows(index[rows], device),
-                noisy.sum().item(),
-            )
+            part = whole.loss(tokens[rows], index[rows])
             part.total.backward()
             loss, sums = loss + part.total.detach(), sums + part.sums
             added = added + self.clock.contributions(part.diagonal_times, part.squared_error)
@@ -92,10 +72,9 @@ class FlowTrainModule(TrainModule):
             return
         self._added = _sum_over_processes([added])[0]
         self.record_metric("loss", loss, ReduceType.sum)
-        for role, name in enumerate(ROLES):
-            count = noisy[whole.role == role].sum().item()
+        for name, value, count in zip(ROLES, sums, whole.counts.tolist(), strict=True):
             if count:
-                self.record_metric(f"loss_{name}", sums[role] / count, ReduceType.sum)
+                self.record_metric(f"loss_{name}", value / count, ReduceType.sum)
 
     def optim_step(self) -> None:
         """Sums gradients over processes, clips, steps, and moves the average and the clock."""

@@ -5,11 +5,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from catmaps.config import OptimiserConfig
-from catmaps.network.denoiser import FlowNetwork
+from catmaps.network.tokens import Network
 from catmaps.network.trunk import Block
 
 
-def build_optimisers(network: FlowNetwork, config: OptimiserConfig) -> list[Optimizer]:
+def build_optimisers(network: Network, config: OptimiserConfig) -> list[Optimizer]:
     """One or two optimisers that hold every parameter exactly once.
 
     Muon takes the matrices of the blocks' projections; AdamW everything else. Weights that are not matrices, and the
@@ -35,7 +35,7 @@ def build_optimisers(network: FlowNetwork, config: OptimiserConfig) -> list[Opti
     return optimisers
 
 
-def _block_matrices(network: FlowNetwork) -> list[Tensor]:
+def _block_matrices(network: Network) -> list[Tensor]:
     blocks = [block for block in network.trunk.blocks if isinstance(block, Block)]
     return [layer.weight for b in blocks for layer in (b.qkv, b.attention_out, b.up, b.down)]
 

@@ -1,4 +1,4 @@
-"""Trains a run's folder from its configuration: base, joint or distilled, one process or many."""
+"""Trains a run's folder from its configuration: base, joint, distilled or baseline, one process or many."""
 
 import logging
 import os
@@ -20,16 +20,17 @@ from catmaps.model import (
     PRECISION,
     TEACHER,
     best_device,
-    build_network,
     compile_blocks,
     load_run,
     load_weights,
+    network_of,
     read_config,
     read_law,
     starting_law,
     write_law,
 )
-from catmaps.network.denoiser import FlowNetwork, smoothed_log_prior
+from catmaps.network.denoiser import smoothed_log_prior
+from catmaps.network.tokens import Network
 from catmaps.text import tokenizers
 from catmaps.text.build import ensure_embedded
 from catmaps.text.manifest import MANIFEST_FILE, load_manifest
@@ -103,14 +104,14 @@ def start(config: Config, folder: Path) -> Config:
     return config
 
 
-def _networks(config: Config, folder: Path, shards: Path) -> tuple[FlowNetwork, FlowNetwork, FlowNetwork | None]:
+def _networks(config: Config, folder: Path, shards: Path) -> tuple[Network, Network, Network | None]:
     """(in training, moving average, teacher), all alike at the start; initialised from the run's seed."""
     torch.manual_seed(config.training.seed)
     log_prior = smoothed_log_prior(torch.from_numpy(token_counts(shards)).double())
-    network, average = (build_network(config.network, log_prior) for _ in range(2))
+    network, average = (network_of(config, log_prior) for _ in range(2))
     teacher = None
     if config.base is not None:
-        teacher = build_network(config.network, log_prior)
+        teacher = network_of(config, log_prior)
         load_weights(teacher, folder / TEACHER)
         network.load_state_dict(teacher.state_dict())
     average.load_state_dict(network.state_dict())

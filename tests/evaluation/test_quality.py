@@ -104,6 +104,27 @@ def test_token_entropy_and_distinct_2_catch_a_text_that_repeats_itself(judge: Ju
     assert stuck.distinct_2 < 0.2
 
 
+def test_diversity_is_that_of_the_long_texts_if_they_are_given(judge: Judge) -> None:
+    samples = draw_chunks(judge.drawn, 300, 24, np.random.default_rng(3))
+    texts = draw_chunks(judge.drawn, 1100, 5, np.random.default_rng(4))
+    row, joined = quality(samples, judge, texts), quality(samples, judge)
+    assert (row.forward_bits, row.reverse_bits) == (joined.forward_bits, joined.reverse_bits)
+    assert row.token_entropy == metrics.mean_token_entropy(texts, PairIds()).mean
+    assert (row.num_texts, row.text_chars) == (5, 1100)
+    with pytest.raises(UserError, match="1,024"):
+        quality(samples, judge, [*texts, "short"])
+
+
+def test_joined_strangers_hide_what_a_markov_chain_lacks(judge: Judge) -> None:
+    joined = control_rows(judge, 128, 480, np.random.default_rng(5))
+    whole = control_rows(judge, 128, 480, np.random.default_rng(5), num_texts=60)
+    for rows in (joined, whole):
+        assert rows[HELDOUT].num_texts >= 50
+    chain = "order-5 Markov chain"
+    gap = whole[chain].distinct_2 / whole[HELDOUT].distinct_2
+    assert gap > joined[chain].distinct_2 / joined[HELDOUT].distinct_2
+
+
 def test_figures_are_those_of_their_definitions(judge: Judge) -> None:
     samples = draw_chunks(judge.drawn, 300, 24, np.random.default_rng(3))
     row = quality(samples, judge)

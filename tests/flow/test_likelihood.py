@@ -28,7 +28,8 @@ CHAIN = random_chain(4, 8, seed=2)
 def average(bound: Bound, rows: int) -> Bound:
     """Means over groups of `rows` consecutive sequences, with their standard errors."""
     nats, stderr = bound.nats.reshape(-1, rows), bound.stderr.reshape(-1, rows)
-    return Bound(nats.mean(1), stderr.square().sum(1).sqrt() / rows)
+    per_token = bound.per_token.unflatten(0, (-1, rows)).mean(1)
+    return Bound(nats.mean(1), stderr.square().sum(1).sqrt() / rows, per_token)
 
 
 @pytest.mark.parametrize("model", [JOINT, CHAIN], ids=["joint", "chain"])

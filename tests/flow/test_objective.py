@@ -22,7 +22,7 @@ from catmaps.flow.objective import (
     clean_positions,
     plan,
 )
-from catmaps.flow.times import Pair, uniform, warp
+from catmaps.flow.times import Pair, grid, uniform, warp
 
 MIXED = ObjectiveConfig(off_diagonal=0.5)
 CLOCK = warp(27)
@@ -84,6 +84,45 @@ def test_boundary_pairs_have_their_share_and_anchors_have_none() -> None:
     assert not bool(((never.times.s == 0) & (never.times.t == 1)).any())
 
 
+def test_the_ladder_stands_on_the_grids_of_samplers() -> None:
+    sampling = warp(27)
+    config = dataclasses.replace(MIXED, boundary=0.0, ladder=1.0)
+    drawn = plan(config, uniform(), 8192, 4, seeded(7), sampling)
+    rows = drawn.role == OFF_DIAGONAL_ROW
+    grids = {n: grid(sampling, n) for n in (1, 2, 4, 8, 16, 32, 64)}
+    steps = torch.full((int(rows.sum()),), 0)
+    s, u, t = (time[rows, 0] for time in drawn.times)
+    for n in (1, 2, 4, 8, 16, 32):
+        coarse, fine = grids[n], grids[2 * n]
+        ends = torch.stack([coarse[:-1], fine[1::2], coarse[1:]], -1)
+        here = (torch.stack([s, u, t], -1)[:, None] - ends).abs().amax(-1).amin(-1) < 1e-6
+        steps[here] = n
+    share = torch.bincount(steps, minlength=33)[[1, 2, 4, 8, 16, 32]].double() / len(steps)
+    torch.testing.assert_close(share, torch.full((6,), 1 / 6).double(), rtol=0, atol=0.03)
+    half = plan(dataclasses.replace(MIXED, ladder=0.5), uniform(), 8192, 4, seeded(7), sampling)
+    without = plan(MIXED, uniform(), 8192, 4, seeded(7), sampling)
+    moved = (half.times.t != without.times.t)[:, 0]
+    assert not bool(moved[without.role != OFF_DIAGONAL_ROW].any())
+    off = moved[without.role == OFF_DIAGONAL_ROW].double().mean().item()
+    # A step that ends where the other pair does is not seen to move: t = 1 is one.
+    assert off == pytest.approx(0.5 * (1 - MIXED.boundary), abs=0.1)
+
+
+def test_final_jumps_end_at_one_and_start_all_over_the_sampling_clock() -> None:
+    sampling = warp(27)
+    config = dataclasses.replace(MIXED, final=0.5, ladder=0.0)
+    drawn = plan(config, uniform(), 8192, 4, seeded(7), sampling)
+    s, u, t = (time[drawn.role == OFF_DIAGONAL_ROW, 0] for time in drawn.times)
+    final = (t == 1) & (s > 0)
+    assert final.double().mean().item() == pytest.approx(0.5 * (1 - MIXED.boundary), abs=0.03)
+    start, middle = sampling.cdf(s[final].double()), sampling.cdf(u[final].double())
+    assert torch.histc(start, 4, 0, 1).min().item() > 0.2 * len(start)
+    torch.testing.assert_close(middle, (1 + start) / 2, rtol=0, atol=2e-3)
+    every = plan(dataclasses.replace(MIXED, boundary=0.0, final=1.0), uniform(), 512, 4, seeded(7), sampling)
+    assert bool((every.times.t[every.role == OFF_DIAGONAL_ROW] == 1).all())
+    assert bool((every.times.s < every.times.u)[every.role == OFF_DIAGONAL_ROW].all())
+
+
 def test_anchors_have_small_gaps_and_the_others_do_not() -> None:
     drawn = plan(MIXED, CLOCK, 4096, 4, seeded(8))
     gap = (CLOCK.cdf(drawn.times.t.double()) - CLOCK.cdf(drawn.times.s.double()))[:, 0]
@@ -122,7 +161,7 @@ def test_plan_is_a_function_of_its_generator() -> None:
     torch.testing.assert_close(first.role, other.role)
 
 
-@pytest.mark.parametrize("name", ["off_diagonal", "anchor", "anchor_gap", "boundary", "clean"])
+@pytest.mark.parametrize("name", ["off_diagonal", "anchor", "anchor_gap", "boundary", "final", "ladder", "clean"])
 @pytest.mark.parametrize("value", [-0.1, 1.1])
 def test_shares_outside_the_unit_interval_are_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"objective.{name}"):

@@ -252,6 +252,15 @@ def test_grid_is_equally_spaced_on_the_clock(name: str, steps: int) -> None:
     torch.testing.assert_close(law.cdf(t.double()), uniform_grid(steps + 1), rtol=0, atol=1e-6)
 
 
+def test_a_bend_below_one_moves_the_grid_late() -> None:
+    law = law_of("warp")
+    t = times.grid(law, 4, bend=1 / 3)
+    assert (t[0].item(), t[-1].item()) == (0.0, 1.0)
+    expected = torch.tensor([0, 0.25, 0.5, 0.75, 1], dtype=F64) ** (1 / 3)
+    torch.testing.assert_close(law.cdf(t.double()), expected, rtol=0, atol=1e-6)
+    assert bool((t[1:-1] > times.grid(law, 4)[1:-1]).all())
+
+
 @pytest.mark.parametrize("clock", ["uniform", "27", "warp"])
 def test_information_uniform_levels_a_known_profile(clock: str) -> None:
     base = law_of(clock)

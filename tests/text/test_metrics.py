@@ -1,4 +1,5 @@
 import math
+import zlib
 
 import numpy as np
 import pytest
@@ -76,3 +77,49 @@ def test_no_texts_is_the_users_mistake() -> None:
         metrics.mean_letter_entropy([])
     with pytest.raises(UserError):
         metrics.pooled_compression_ratio([])
+
+
+def test_means_and_ratios_by_hand() -> None:
+    assert metrics.mean_of([1.0, 2.0, 6.0]) == pytest.approx((3.0, math.sqrt(7 / 3)))
+    ratio = metrics.ratio_of(
+        [1.0, 2.0, 0.0], [2.0, 2.0, 0.0]
+    )  # residuals -1/2, 1/2 about 3/4; empty texts do not count
+    assert ratio == pytest.approx((0.75, math.sqrt(2 * (0.25 + 0.25)) / 4))
+    assert math.isnan(metrics.ratio_of([1.0], [2.0]).stderr)
+    for nothing in ([], [0.0, 0.0]):
+        with pytest.raises(UserError):
+            metrics.ratio_of([0.0] * len(nothing), nothing)
+    with pytest.raises(UserError):
+        metrics.mean_of([])
+
+
+def test_id_entropy_is_of_single_sequences() -> None:
+    result = metrics.mean_id_entropy([np.array([5, 5, 7, 7]), np.array([1, 1, 1])])
+    assert result.mean == pytest.approx(math.log(2) / 2)
+
+
+def test_compression_of_single_texts() -> None:
+    text = "abcdefgh" * 64
+    assert metrics.compression_ratio(text) == len(zlib.compress(text.encode(), 9)) / 512
+    assert metrics.compression_ratio(text) < 0.1
+    assert metrics.compression_ratio("ab") > 1
+    assert math.isnan(metrics.compression_ratio(""))
+    both = metrics.mean_compression_ratio([text, "", "ab"])
+    assert both.mean == pytest.approx((metrics.compression_ratio(text) + metrics.compression_ratio("ab")) / 2)
+
+
+def test_valid_words_weigh_the_same_in_every_text() -> None:
+    words = frozenset({"the", "cat"})
+    texts = ["the cat", "a cat sat on", ""]
+    rate = metrics.mean_valid_word_rate(texts, words)
+    assert rate.mean == metrics.pooled_valid_word_rate(texts, words) == 0.5
+    assert rate.stderr == pytest.approx(math.sqrt(2 * (1 + 1)) / 6)
+
+
+def test_diversity_is_all_of_it() -> None:
+    texts = ["a b a b", "a b c d"]
+    whole = metrics.diversity(texts, WordIds())
+    assert whole.token_entropy == metrics.mean_token_entropy(texts, WordIds())
+    assert (whole.distinct_1.mean, whole.distinct_2.mean, whole.distinct_3.mean) == pytest.approx((3 / 4, 5 / 6, 1.0))
+    assert whole.repetition_rate.mean == 0.25
+    assert whole.compression_ratio == metrics.mean_compression_ratio(texts)
