@@ -27,7 +27,7 @@ class SamplingConfig:
     """One of renoise, flow_map, euler, heun, localisation; ancestral for baselines."""
     seed: int = 0
     temperature: float = 1.0
-    """Divides the logits; below 1 is cleaner and less diverse."""
+    """Divides the logits and multiplies the variance of the first noise; below 1 is cleaner and less diverse."""
     batch: int = 64
     """Texts drawn together. Part of what a seed means: other batches are other texts."""
 

@@ -6,22 +6,24 @@ push-forward is known to us, and none is claimed. All are conditioned on the len
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from catmaps.errors import UserError
 from catmaps.flow.finite_step import finite_step_bound, optimise_grid
-from catmaps.flow.likelihood import Bound, capped_cross_entropy, nelbo, projected_error, squared_error
-from catmaps.flow.times import grid
+from catmaps.flow.likelihood import Bound, capped_cross_entropy, nelbo, pilot, projected_error, squared_error
+from catmaps.flow.times import Law, grid, mixture
 from catmaps.model import Run, compile_blocks
 from catmaps.network.denoiser import FlowNetwork
 from catmaps.scores import KEYS, Score, TextScore, pool
+
+PILOT_WINDOWS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,8 @@ class ScoringConfig:
     """Their grid 0 = t_0 < ... < t_N = 1; None: equally spaced on the run's clock."""
     t_max: float = 0.9
     """Where (14) and (15) are cut; beyond it stands the cross-entropy there."""
+    pilot: bool = False
+    """Measure a law of time for these texts first, instead of the run's."""
     seed: int = 0
     batch: int = 64
     """Windows scored together. Part of what a seed means."""
@@ -126,7 +130,12 @@ def best_times(run: Run, tokens: Int[Tensor, "b l"], steps: int, seed: int = 0) 
 Estimator = Callable[[Tensor, Tensor | None], Bound]
 
 
-def _estimator(run: Run, config: ScoringConfig) -> Estimator:
+def likelihood_law(run: Run) -> Law:
+    """The run's law for estimates of (14): a fifth is its clock's, whose late times see the rare errors."""
+    return mixture([(0.8, run.law), (0.2, run.clock)])
+
+
+def _estimator(run: Run, config: ScoringConfig, windows: Sequence[Window]) -> Estimator:
     generator, samples = run.generator(config.seed), config.num_samples
     if run.baseline is not None:  # has one bound, its own, and knows no clean context
         return lambda tokens, known: run.bound(tokens, num_samples=samples, generator=generator)
@@ -139,10 +148,16 @@ def _estimator(run: Run, config: ScoringConfig) -> Estimator:
     basis = seen_directions(run.flow_network)
     integrand = squared_error if basis is None else projected_error(basis)
     integrand = capped_cross_entropy if config.bound == "cross-entropy" else integrand
+    law = likelihood_law(run)
+    if config.pilot:
+        some = next(_batches(windows, PILOT_WINDOWS))
+        tokens, known = _stack(run, [windows[i] for i in some])
+        options = {"num_samples": samples, "t_max": config.t_max, "generator": generator, "integrand": integrand}
+        law = pilot(flow_map, tokens, run.clock, known=known, **options)
     return lambda tokens, known: nelbo(
         flow_map,
         tokens,
-        run.law,
+        law,
         num_samples=samples,
         t_max=config.t_max,
         known=known,
@@ -151,26 +166,37 @@ def _estimator(run: Run, config: ScoringConfig) -> Estimator:
     )
 
 
+def _batches(windows: Sequence[Window], size: int) -> Iterator[list[int]]:
+    """Indices of windows of one length, at most `size` together."""
+    by_length: dict[int, list[int]] = {}
+    for index, window in enumerate(windows):
+        by_length.setdefault(len(window.tokens), []).append(index)
+    for rows in by_length.values():
+        yield from (rows[i : i + size] for i in range(0, len(rows), size))
+
+
+def _stack(run: Run, windows: Sequence[Window]) -> tuple[Int[Tensor, "b l"], Bool[Tensor, "b l"]]:
+    """Tokens and known positions of windows of one length."""
+    tokens = torch.stack([window.tokens for window in windows]).to(run.device)
+    counts = torch.tensor([window.known for window in windows], device=run.device)
+    return tokens, torch.arange(tokens.shape[1], device=run.device) < counts[:, None]
+
+
 def bound_windows(run: Run, windows: Sequence[Window], config: ScoringConfig) -> list[Bound]:
     """The bound of every window, (1,) and (1, L) each; windows of one length are scored together.
 
     Raises:
         UserError: A baseline is asked for another bound than its own, or for context.
     """
-    by_length: dict[int, list[int]] = {}
-    for index, window in enumerate(windows):
-        by_length.setdefault(len(window.tokens), []).append(index)
-    parts = [rows[i : i + config.batch] for rows in by_length.values() for i in range(0, len(rows), config.batch)]
+    context = any(window.known for window in windows)
+    if run.baseline is not None and (context or config.pilot or config.bound != "nelbo"):
+        raise UserError(f"run {run.path} is a {run.kind}: leave out --bound, --context and --pilot, it has its own")
     if config.compile:
         compile_blocks(run.network)
-    context = any(window.known for window in windows)
-    if run.baseline is not None and (context or config.bound != "nelbo"):
-        raise UserError(f"run {run.path} is a {run.kind}: it has its own bound; leave out --bound and --context")
-    estimate, bounds = _estimator(run, config), {}
-    for part in parts:
-        tokens = torch.stack([windows[i].tokens for i in part]).to(run.device)
-        counts = torch.tensor([windows[i].known for i in part], device=run.device)
-        known = torch.arange(tokens.shape[1], device=run.device) < counts[:, None] if context else None
+    estimate, bounds = _estimator(run, config, windows), {}
+    for part in _batches(windows, config.batch):
+        tokens, known = _stack(run, [windows[i] for i in part])
+        known = known if context else None
         # Code is compiled for one shape: the rare others are not worth another half minute.
         usual = not config.compile or tokens.shape == (config.batch, run.config.data.length)
         with contextlib.nullcontext() if usual else torch.compiler.set_stance("force_eager"):

@@ -1,9 +1,9 @@
 """How good are the likelihood bounds of a base, and what do they cost?
 
 Three questions on the run's test split. How much less do one-draw estimates of the NELBO vary under the run's law of
-time, or a pilot's, than under uniform t (bar: 0.4)? How near does the finite-step bound come in few calls, and what
-does an optimised grid gain over the clock's (bars: within 3% at 16 calls, better at 4)? How long does the test split
-take (bar: 100,000 characters to 0.01 bits/char in 2 minutes of 2 cores)?
+time, the one `score` uses, or a pilot's, than under uniform t (bar: 0.4)? How near does the finite-step bound come in
+few calls, and what does an optimised grid gain over the clock's (bars: within 3% at 16 calls, better at 4)? How long
+does the test split take (bar: 100,000 characters to 0.01 bits/char in 2 minutes of 2 cores)?
 """
 
 import argparse
@@ -21,6 +21,7 @@ from catmaps.flow.likelihood import Bound, capped_cross_entropy, nelbo, path_dra
 from catmaps.flow.times import Law, grid, uniform
 from catmaps.model import Run, compile_blocks, load_run
 from catmaps.scores import ratio_stderr
+from catmaps.scoring import likelihood_law
 from catmaps.text.shards import sequences
 from catmaps.training.train import find_shards
 
@@ -74,18 +75,17 @@ def one(job: Job) -> Part:
     run, generator = load_run(job.path), torch.Generator().manual_seed(job.seed + job.index)
     compile_blocks(run.network)
     valid, same = rows(run, "valid", BATCH, job.seed), torch.Generator().manual_seed(job.seed)
-    nelbo(run.flow_map, valid, run.law, num_samples=2, generator=same)  # compiles
+    law = likelihood_law(run)
+    nelbo(run.flow_map, valid, law, num_samples=2, generator=same)  # compiles
     whole = rows(run, "test", job.windows, job.seed)[job.index :: job.workers]
     began, cpu = time.monotonic(), time.process_time()
-    scored = joined(
-        [nelbo(run.flow_map, part, run.law, num_samples=8, generator=generator) for part in whole.split(BATCH)]
-    )
+    scored = joined([nelbo(run.flow_map, part, law, num_samples=8, generator=generator) for part in whole.split(BATCH)])
     took, cpu = time.monotonic() - began, time.process_time() - cpu
 
-    laws = {"uniform": uniform(), "clock": run.clock, "run": run.law}
-    laws["pilot"] = pilot(run.flow_map, valid, run.clock, generator=same)
+    laws = {"uniform": uniform(), "clock": run.clock, "run": run.law, "score": law}
+    laws["pilot"] = pilot(run.flow_map, valid, run.clock, num_samples=1, generator=same)
     some = whole[: len(whole) // BATCH * BATCH][: 8 * BATCH]
-    spread = {name: one_draw(run, law, some, generator) for name, law in laws.items()}
+    spread = {name: one_draw(run, one_law, some, generator) for name, one_law in laws.items()}
 
     few = rows(run, "test", job.few, job.seed + 1)[job.index :: job.workers]
     candidates = grid(run.clock, CANDIDATES)
@@ -93,8 +93,8 @@ def one(job: Job) -> Part:
     grids = {n: best_grid(costs, candidates, n) for n in DRAWS}
     bounds: dict[str, list[Bound]] = {}
     for part in few.split(BATCH):
-        bounds.setdefault("nelbo", []).append(nelbo(run.flow_map, part, run.law, num_samples=64, generator=generator))
-        loose = nelbo(run.flow_map, part, run.law, generator=generator, integrand=capped_cross_entropy)
+        bounds.setdefault("nelbo", []).append(nelbo(run.flow_map, part, law, num_samples=64, generator=generator))
+        loose = nelbo(run.flow_map, part, law, generator=generator, integrand=capped_cross_entropy)
         bounds.setdefault("cross-entropy", []).append(loose)
         for n, draws in DRAWS.items():
             for name, times in (("clock", grid(run.clock, n)), ("best", grids[n])):

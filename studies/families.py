@@ -30,7 +30,7 @@ from catmaps.text import tokenizers
 from catmaps.training.train import cache_folder, find_shards, start, train
 
 FAMILIES = ("autoregressive", "masked", "uniform", "flow")
-SHAPES = {"text8": (128, 64), "bpe:4096": (64, 64)}  # tokens per sequence, sequences per step
+SHAPES = {"text8": (128, 64), "bpe:4096": (64, 32)}  # tokens per sequence, sequences per step
 SIZES = {
     "tiny": NetworkConfig(width=32, blocks=1, heads=2, conditioning=16),  # to try the study out
     "small": NetworkConfig(width=128, blocks=4, heads=4),

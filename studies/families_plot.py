@@ -78,6 +78,11 @@ def _quality(panel: Any, group: Rows, name: str, real: float) -> None:
 
     _by_family(group, draw)
     panel.axhline(real, color=INK, linestyle=(0, (4, 3)), linewidth=1.1, label="held-out text")
+    # One Euler step of a flow writes one and the same text; it would flatten all the rest.
+    shown = [quality[name] for row in group for quality in row["quality"] if quality["token_entropy"] > 1]
+    if shown:
+        low, high = min([*shown, real]), max([*shown, real])
+        panel.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
     panel.set_xscale("log", base=2)
     calls = sorted({quality["calls"] for row in group for quality in row["quality"]})
     panel.set_xticks(calls, [str(n) for n in calls])

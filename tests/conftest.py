@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from multiprocess import run
+from processes import run
 from tiny_runs import KINDS, Job, began, make_shards, tiny, tiny_kind, train_on_record, trained
 
 

@@ -69,7 +69,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["fly"], "no command fly; there are train, distill, sample, score, report, info, data"),
+        (["fly"], "no command fly; there are train, distill, sample, score, report, frontier, judge, info, data, eval"),
         (["train"], "which preset?"),
         (["train", "huge"], "no preset huge; there are tiny, small"),
         (["train", "tiny", "--network.wdth", "3"], "--network.wdth"),
@@ -100,7 +100,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
         (["score", "nowhere", "file"], "run nowhere does not exist"),
         (["score", "nowhere", "--split", "dev"], "--split"),
         (["report", "nowhere"], "run nowhere does not exist"),
-        (["report", "nowhere", "--calls", "0"], "--calls and --num must be at least 1"),
+        (["report", "nowhere", "--calls", "0"], "--calls, --num and --texts must be at least 1"),
         (["info", "nowhere"], "run nowhere does not exist"),
         (["info"], "Folder of a run"),
         (["data"], "which data command?"),

@@ -12,7 +12,15 @@ import catmaps
 ROOT = Path(catmaps.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 MAX_LINES = 400
-OPTIONAL = {"olmo_core", "pyarrow", "matplotlib"}  # extras: a bare install must import every module
+OPTIONAL = {
+    "olmo_core",
+    "pyarrow",
+    "matplotlib",
+    "lm_eval",
+    "transformers",
+    "gguf",
+    "accelerate",
+}  # extras: a bare install must import every module
 PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 

@@ -31,7 +31,7 @@ class Eval:
     """Items per task, the first ones."""
     num_fewshot: int | None = None
     """Solved examples before each question; default: as the task says."""
-    samples: int = 32
+    samples: int = 24
     """At most so many random times per answer. A question stops at 8 or 16 if that tells its best answer apart."""
     z: float = 2.0
     """By how many standard errors the best answer must lead for that."""
@@ -170,24 +170,32 @@ def write_offline_tasks(lm: Any, names: list[str]) -> list[Path]:
 
 def _table(evaluation: Any) -> Any:
     """Accuracies, narrow enough for any terminal."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title="Accuracy beside chance, %", title_justify="left")
-    table.add_column("task")
-    for heading in ("items", "acc", "s.e.", "acc_norm", "s.e.", "chance", "cut", "open", "draws"):
-        table.add_column(heading, justify="right")
+    style = {"box": box.SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0)}
+    table = Table(title="Accuracy beside chance, %", title_justify="left", **style)
+    table.add_column("task", no_wrap=True)
+    for heading in ("items", "acc", "acc_norm", "chance", "cut", "open", "draws"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, result in evaluation.results.items():
         if "acc" in result.metrics:
-            rates = [part.get(metric) for metric in ("acc", "acc_norm") for part in (result.metrics, result.stderr)]
             table.add_row(
                 name,
                 str(result.items),
-                *("" if rate is None else f"{100 * rate:.1f}" for rate in (*rates, result.chance)),
+                *(_rate(result.metrics.get(metric), result.stderr.get(metric)) for metric in ("acc", "acc_norm")),
+                _rate(result.chance),
                 str(result.truncated),
                 str(result.undecided),
                 "" if result.mean_samples is None else f"{result.mean_samples:.1f}",
             )
     return table
+
+
+def _rate(rate: float | None, error: float | None = None) -> str:
+    if rate is None:
+        return ""
+    return f"{100 * rate:.1f}" if error is None else f"{100 * rate:.1f} +-{100 * error:4.1f}"
 
 
 def _notes(evaluation: Any) -> list[str]:

@@ -31,6 +31,8 @@ class Frontier:
     temperatures: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
     steps: tuple[int, ...] = ()
     """Numbers of steps; default: 1 2 4 8 for a map, 64 for any other run."""
+    sampler: Literal["flow_map", "euler", "heun", "renoise", "localisation"] | None = None
+    """Default: the run's own, as in `catmaps sample`."""
     base_steps: tuple[int, ...] = (64,)
     """Numbers of steps of --base."""
     num: int = 256
@@ -71,9 +73,9 @@ class Frontier:
         temperatures = sorted(set(self.temperatures))
         tasks = control_tasks(setting)
         steps = self.steps or ((1, 2, 4, 8) if run.is_map else (64,))
-        tasks += run_tasks(setting, run, names[0], steps, temperatures, self.batch)
+        tasks += run_tasks(setting, run, names[0], ways(run, steps, self.batch, self.sampler), temperatures)
         if base is not None:
-            tasks += run_tasks(setting, base, names[1], self.base_steps, temperatures, self.batch)
+            tasks += run_tasks(setting, base, names[1], ways(base, self.base_steps, self.batch), temperatures)
         with progress(len(tasks)) as report:
             rows = trace(tasks, setting, out / "frontier.csv", report=report)
         real = next(row for row in rows if row.series == HELDOUT)
@@ -134,6 +136,17 @@ def make_setting(command: Frontier, run: Any, base: Any) -> Any:
     )
 
 
+def ways(run: Any, steps: tuple[int, ...], batch: int, sampler: str | None = None) -> list[Any]:
+    """The run's own way of sampling, or another sampler, at each number of steps."""
+    from dataclasses import replace
+
+    from catmaps.generation import default_sampling
+
+    own = [replace(default_sampling(run, n), batch=batch) for n in steps]
+    named = own if sampler is None else [replace(one, sampler=sampler) for one in own]
+    return list({way.steps: way for way in named}.values())  # an autoregressive run knows one number of steps
+
+
 def distinct_names(folders: list[Path]) -> list[str]:
     """The folders' own names, or their whole paths if those are the same."""
     short = [folder.resolve().name for folder in folders]
@@ -164,14 +177,20 @@ def progress(rows: int) -> Iterator[Callable[[str, bool], None]]:
 
 def table(rows: Any) -> Any:
     """The main figures, narrow enough for any terminal; the CSV has them all."""
+    from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
     judged = any(row.judge_bits is not None for row in rows)
-    out = Table(title="* flattered: repeats itself more than held-out text", title_justify="left")
-    out.add_column("texts")
+    out = Table(
+        title="* flattered: repeats itself more than held-out text",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    out.add_column("texts", no_wrap=True)
     headings = ["temp.", "forward\nbits", *(["judge\nbits", "gen-\nPPL"] if judged else []), "token\nentropy"]
-    for heading in (*headings, "dis-\ntinct-2", "re-\npeats", "near-\nness"):
+    for heading in (*headings, "repeats", "near-\nness"):
         out.add_column(heading, justify="right")
     for row in rows:
         name = row.series if row.temperature is None else f"{row.series}, {row.steps}"
@@ -182,7 +201,6 @@ def table(rows: Any) -> Any:
             f"{row.forward_bits:.3f}",
             *(judge if judged else ()),
             f"{row.token_entropy:.3f}",
-            f"{row.distinct_2:.3f}",
             f"{row.repetition_rate:.1%}",
             f"{row.divergence:.3f}",
         )

@@ -26,7 +26,7 @@ class Sample:
     seed: int = 0
     sampler: Literal["flow_map", "euler", "heun", "renoise", "localisation"] | None = None
     temperature: float = 1.0
-    """Divides the logits: below 1 is cleaner and less diverse."""
+    """Divides the logits and multiplies the variance of the first noise: below 1 is cleaner and less diverse."""
     length: int | None = None
     """Tokens per text; default: as in training."""
     batch: int = 64

@@ -51,6 +51,8 @@ class Score:
     """Clean tokens before each window, K."""
     t_max: float = 0.9
     """Where the path's integral is cut; valid anywhere in (0, 1). A `linear` run without skip may need 0.99."""
+    pilot: bool = False
+    """Measure a law of time for these texts first (48 calls of up to 32 windows), instead of the run's."""
     out: Path | None = None
     """A JSON object per text goes there, one a line."""
     per_token: bool = False
@@ -78,6 +80,7 @@ class Score:
             samples=self.samples,
             steps=self.steps,
             t_max=self.t_max,
+            pilot=self.pilot,
             seed=self.seed,
             compile=self.compile,
         )

@@ -71,10 +71,12 @@ def evaluate(
     Raises:
         UserError: A task is unknown or its data cannot be had; and what `CatmapsLM` refuses.
     """
+    import datasets
     import lm_eval
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    datasets.disable_progress_bars()
     manager = TaskManager(include_path=[str(path) for path in include], include_defaults=defaults)
     for name in tasks:
         if name not in manager.all_tasks:

@@ -23,7 +23,7 @@ from catmaps.evaluation.judge import Judge
 from catmaps.evaluation.judged import figures, flattered
 from catmaps.evaluation.ngram import markov_text
 from catmaps.evaluation.quality import CONTROL_CONTEXTS, HELDOUT, draw_chunks, quality
-from catmaps.generation import SamplingConfig, default_sampling, generate_texts
+from catmaps.generation import SamplingConfig, generate_texts
 from catmaps.model import MODEL, Run
 from catmaps.text.metrics import Diversity, diversity
 
@@ -102,11 +102,16 @@ class Setting:
 def control_tasks(setting: Setting) -> list[Task]:
     """Held-out text, Markov chains of the training text and a repeated phrase, in the form of the samples."""
     judge, long = setting.judge, setting.judge.config.min_chars
+    room = 1 if judge.config.alphabet is not None else 4  # a character has up to four bytes
 
     def chains(context: int) -> Texts:
         rng = np.random.default_rng([setting.seed, context])
-        sizes = ((setting.num, setting.length), (setting.num_texts, long))
-        return Texts(*([judge.text(row) for row in markov_text(judge.forward, context, size, rng)] for size in sizes))
+
+        def texts(num: int, length: int) -> list[str]:
+            drawn = markov_text(judge.forward, context, (num, room * length), rng)
+            return [judge.text(row)[:length] for row in drawn]
+
+        return Texts(texts(setting.num, setting.length), texts(setting.num_texts, long))
 
     def repeated() -> Texts:
         rng = np.random.default_rng(setting.seed)
@@ -124,9 +129,17 @@ def control_tasks(setting: Setting) -> list[Task]:
 
 
 def run_tasks(
-    setting: Setting, run: Run, name: str, steps: Sequence[int], temperatures: Sequence[float], batch: int
+    setting: Setting, run: Run, name: str, sampling: Sequence[SamplingConfig], temperatures: Sequence[float]
 ) -> list[Task]:
-    """One task for every number of steps and temperature, by the run's own sampler."""
+    """One task for every way of sampling and temperature.
+
+    Args:
+        setting: See there; its seed counts.
+        run: The run.
+        name: Of its rows.
+        sampling: Ways, of different steps.
+        temperatures: At least one.
+    """
     weights = digest(run.path / MODEL)
 
     def draw(config: SamplingConfig) -> Texts:
@@ -134,17 +147,12 @@ def run_tasks(
         return Texts(samples, long_texts(run, setting.judge, config, setting.num_texts))
 
     tasks = []
-    for n in steps:
+    for way in sampling:
         for temperature in temperatures:
-            config = replace(default_sampling(run, n), temperature=temperature, seed=setting.seed, batch=batch)
-            made = {
-                "weights": weights,
-                "sampler": config.sampler,
-                "steps": n,
-                "temperature": temperature,
-                "batch": batch,
-            }
-            tasks.append(Task(replace(setting.key(name), **made), config.calls, lambda config=config: draw(config)))
+            config = replace(way, temperature=temperature, seed=setting.seed)
+            made = {"weights": weights, "sampler": way.sampler, "steps": way.steps, "batch": way.batch}
+            key = replace(setting.key(name), **made, temperature=temperature)
+            tasks.append(Task(key, config.calls, lambda config=config: draw(config)))
     return tasks
 
 

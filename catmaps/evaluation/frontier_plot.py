@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from catmaps.errors import UserError
 from catmaps.evaluation.frontier_rows import FrontierRow, steps_of
@@ -19,6 +19,13 @@ NOTE = "T: temperature. Bars: standard errors."
 OPEN = "Open: repeats itself more than held-out text."
 RING = "Ring: at the entropy of held-out text."
 CHARS = 88  # of a line of the note, a panel
+
+
+class Outside(NamedTuple):
+    """A control that lies outside of a panel's frame, and its bits in words."""
+
+    row: FrontierRow
+    bits: str
 
 
 def write_plot(file: Path, rows: Sequence[FrontierRow], title: str) -> None:
@@ -41,22 +48,24 @@ def write_plot(file: Path, rows: Sequence[FrontierRow], title: str) -> None:
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(0.8 + 5.4 * len(panels), 5.2), layout="constrained", facecolor="white")
         notes = [NOTE] + ([OPEN] if any(row.flattered and not row.is_control for row in rows) else [])
-        outside: list[str] = []
+        outside: dict[str, list[str]] = {}
         for i, judged in enumerate(panels):
             axes = figure.add_subplot(1, len(panels), i + 1)
             ringed, far = _panel(axes, rows, judged)
             notes += [RING] if ringed and RING not in notes else []
-            outside += far
+            for row, bits in far:
+                outside.setdefault(f"{row.series} (entropy {row.token_entropy:.2f}", []).append(bits)
         figure.axes[0].legend(loc="best")
         figure.suptitle(title, fontsize=11)
         if outside:
-            notes.append(f"Outside the frame: {'; '.join(outside)}.")
+            words = [", ".join([name, *bits]) + " bits)" for name, bits in outside.items()]
+            notes.append(f"Outside the frame: {'; '.join(words)}.")
         lines = textwrap.wrap(" ".join(notes), CHARS * len(panels))
         figure.supxlabel("\n".join(lines), fontsize=8, color=GREY, linespacing=1.4)
         figure.savefig(file, format="png", dpi=150)
 
 
-def _panel(axes: Any, rows: Sequence[FrontierRow], judged: bool) -> tuple[bool, list[str]]:
+def _panel(axes: Any, rows: Sequence[FrontierRow], judged: bool) -> tuple[bool, list[Outside]]:
     """Draws one panel; returns whether a curve crosses real text's entropy, and the controls outside of the frame."""
     real = next((row for row in rows if row.series == HELDOUT), None)
     drawn, ringed = curves(rows), False
@@ -91,18 +100,17 @@ def _curve(axes: Any, curve: Sequence[FrontierRow], judged: bool, colour: str, d
     for row, bits in known:
         fill = "white" if row.flattered else colour
         axes.plot(row.token_entropy, bits.mean, "o", color=colour, mfc=fill, ms=5, zorder=3)
-    low, high = known[0][0], known[-1][0]
-    if x[0] == x[-1] and y[0] == y[-1]:
-        _label(
-            axes, (x[0], y[0]), f"T {low.temperature:g}" + ("" if low is high else f" to {high.temperature:g}"), colour
-        )
-    else:
-        _label(axes, (x[0], y[0]), f"T {low.temperature:g}", colour)
-        _label(axes, (x[-1], y[-1]), f"T {high.temperature:g}", colour)
+    (first, _), (last, _) = known[0], known[-1]
+    if first is not last:
+        _label(axes, (x[-1], y[-1]), f"T {last.temperature:g}", colour, "left")
+    if first is not last or first.steps > 1:  # one call knows no temperature
+        _label(axes, (x[0], y[0]), f"T {first.temperature:g}", colour, "right")
 
 
-def _label(axes: Any, point: tuple[float, float], words: str, colour: str) -> None:
-    axes.annotate(words, point, (0, 7), textcoords="offset points", ha="center", fontsize=8, color=colour, zorder=6)
+def _label(axes: Any, point: tuple[float, float], words: str, colour: str, at: str = "center") -> None:
+    """Words above a point, or beside it; `at` is the point's side of the words."""
+    away = {"center": (0, 7), "left": (9, -3), "right": (-9, -3)}[at]
+    axes.annotate(words, point, away, textcoords="offset points", ha=at, fontsize=8, color=colour, zorder=6)
 
 
 def _error(bits: Mean) -> float:
@@ -117,15 +125,14 @@ def _frame(axes: Any, rows: Sequence[FrontierRow], judged: bool) -> None:
         setter(min(values) - room, max(values) + room)
 
 
-def _controls(axes: Any, controls: Sequence[FrontierRow], judged: bool) -> list[str]:
+def _controls(axes: Any, controls: Sequence[FrontierRow], judged: bool) -> list[Outside]:
     outside, (left, right), (low, high) = [], axes.get_xlim(), axes.get_ylim()
     for row in controls:
         bits = row.bits(judged)
         if bits is None:
             continue
         if not (left < row.token_entropy < right and low < bits.mean < high):
-            kind = "judge" if judged else "6-gram"
-            outside.append(f"{row.series} (entropy {row.token_entropy:.2f}, {kind} {bits.mean:.2f} bits)")
+            outside.append(Outside(row, f"{'judge' if judged else '6-gram'} {bits.mean:.2f}"))
             continue
         axes.plot(row.token_entropy, bits.mean, "D", color=GREY, ms=6, zorder=3)
         _label(axes, (row.token_entropy, bits.mean), row.series, GREY)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from catmaps import __version__
 from catmaps.errors import UserError
 from catmaps.text.metrics import Mean
 
@@ -19,6 +20,7 @@ class RowKey:
 
     `weights` is the beginning of the SHA-256 of a run's weights, `corpus` of its data's manifest; controls have no
     weights, sampler, steps, temperature and batch. `judge` is a causal judge's id, or empty.
+    `version` is that of catmaps: a sampler may change with it.
     """
 
     series: str
@@ -32,6 +34,7 @@ class RowKey:
     seed: int
     corpus: str
     judge: str
+    version: str = __version__
 
 
 @dataclass(frozen=True, kw_only=True)

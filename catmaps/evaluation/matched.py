@@ -52,7 +52,7 @@ class Matched:
             low, high = self.reached
             missed = f"{name}: does not reach entropy {self.entropy:.3f}"
             if low == high:
-                return f"{missed} (it stays at {low:.3f}, whatever the temperature)"
+                return f"{missed} (it is a point, at {low:.3f})"
             side, other = ("above", "lower") if low > self.entropy else ("below", "higher")
             return f"{missed} (it stays {side}: {low:.3f} to {high:.3f}); try {other} temperatures"
         words = [f"{label} {m.mean:.3f} ± {m.stderr:.3f}" for label, m in self.figures]

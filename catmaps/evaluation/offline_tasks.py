@@ -168,7 +168,9 @@ def write_text_task(tokenizer: Tokenizer, shards: Path, length: int, out: Path) 
     available = len(load_tokens(shards, "test")) // size
     chosen = sequences(shards, "test", size, count=max(1, min(MOST_PIECES, available)), seed=0)
     rows = [{"text": text} for ids in chosen if (text := piece(tokenizer, ids))]
-    metrics = [{"metric": metric} for metric in ("word_perplexity", "byte_perplexity", "bits_per_byte")]
+    perplexity = "weighted_perplexity"
+    how = {"word_perplexity": perplexity, "byte_perplexity": perplexity, "bits_per_byte": "bits_per_byte"}
+    metrics = [{"metric": metric, "aggregation": mean, "higher_is_better": False} for metric, mean in how.items()]
     settings = {
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",

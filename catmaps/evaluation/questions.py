@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from catmaps.errors import UserError
-from catmaps.evaluation.conditional import Draw, Ids, Kind, Row, content_hash
+from catmaps.evaluation.conditional import Draw, Ids, Kind, Row, content_hash, path_place
 
 PATH_PER_END = 8  # draws of the integral to one of the cross-entropy at its end, which varies far less
 WAVE = 1024  # questions in work at a time: bounds the rows in memory
@@ -26,7 +26,7 @@ class Budget:
         seed: Of all draws.
     """
 
-    samples: int = 32
+    samples: int = 24
     first: int = 8
     z: float = 2.0
     rolling: int = 4
@@ -116,8 +116,21 @@ class Question:
 
     @property
     def stderr(self) -> Float[np.ndarray, "c"]:
-        """Standard error of `nats`; it takes the stratified draws for independent, so it is rather too large."""
-        return np.sqrt(_variance(self.path) + _variance(self.end))
+        """Standard error of `nats`."""
+        return np.sqrt(self._variance(self.path, self.end))
+
+    def _variance(self, path: Float[np.ndarray, "c n"], end: Float[np.ndarray, "c m"]) -> Float[np.ndarray, "c"]:
+        """Of the sum of both means.
+
+        Draws of the path are stratified: neighbours in time differ by their noise and hardly by their time, so that
+        half the mean square of their differences is the variance that counts (Wolter 1985, successive differences).
+        """
+        order = np.argsort([path_place(self.key, index) for index in range(path.shape[1])])
+        steps = np.diff(path[:, order]) if len(order) > 1 else path
+        of_path = np.square(steps).sum(-1) / (2 * max(1, steps.shape[1]) * max(1, len(order)))
+        # One draw gives no estimate; its square is one of the second moment, which is not smaller.
+        of_end = end.var(-1, ddof=1) / end.shape[1] if end.shape[1] > 1 else np.square(end).sum(-1)
+        return of_path + of_end
 
     def lead(self) -> float:
         """By how many standard errors of the paired difference the best continuation leads the closest other one.
@@ -128,7 +141,7 @@ class Question:
         for weight in self.weights[:, :, None]:
             best = int((weight[:, 0] * self.nats).argmin())
             path, end = (weight * draws - (weight * draws)[best] for draws in (self.path, self.end))
-            ahead, error = _mean(path) + _mean(end), np.sqrt(_variance(path) + _variance(end))
+            ahead, error = _mean(path) + _mean(end), np.sqrt(self._variance(path, end))
             certain = np.where(ahead > 0, np.inf, 0.0)  # without noise
             leads.append(np.delete(np.where(error > 0, ahead / np.where(error > 0, error, 1.0), certain), best))
         return float(np.concatenate(leads).min(initial=np.inf))
@@ -145,12 +158,6 @@ class Question:
 
 def _mean(draws: Float[np.ndarray, "c n"]) -> Float[np.ndarray, "c"]:
     return draws.mean(-1) if draws.shape[-1] else draws.sum(-1)
-
-
-def _variance(draws: Float[np.ndarray, "c n"]) -> Float[np.ndarray, "c"]:
-    """Of the mean. One draw gives no estimate; its square is one of the second moment, which is not smaller."""
-    number = draws.shape[-1]
-    return draws.var(-1, ddof=1) / number if number > 1 else np.square(draws).sum(-1)
 
 
 def answer(questions: Sequence[Question], draw: Draw, report: Callable[[int, int], None] | None = None) -> None:

@@ -90,12 +90,16 @@ def finite_step_bound(
         return shared_or_own(shape, common, generator, dtype, tokens.device)
 
     draws = torch.zeros(num_samples, *tokens.shape, dtype=torch.float64)
+    start, step = noise(), noise()
     for draw in draws:
-        for t, increment in zip(times[:-1].double().tolist(), increments.tolist(), strict=True):
+        for i, (t, increment) in enumerate(zip(times[:-1].double().tolist(), increments.tolist(), strict=True)):
             at = torch.full((rows,), t, dtype=torch.float64, device=tokens.device)
-            log_mu = log_posterior(flow_map, tokens, noise(), at, known)
-            cost = step_cost(log_mu, tokens, torch.full_like(at, increment), noise())
+            log_mu = log_posterior(flow_map, tokens, start, at, known)
+            cost = step_cost(log_mu, tokens, torch.full_like(at, increment), step)
             draw += unless_known(cost, known).cpu()
+            # Neighbouring steps share their noise with opposite signs: less variance, and draws stay independent.
+            last = i == len(increments) - 1
+            start, step = (-start, -step) if i % 2 == 0 and not last else (noise(), noise())
     per_token = draws.mean(0)
     variance = draws.sum(2).var(0) / num_samples
     return Bound(per_token.sum(1), variance.sqrt(), per_token)

@@ -164,13 +164,14 @@ def nelbo(
     """Monte-Carlo estimate of the bound (14), or with another integrand (15), for each sequence.
 
     Times are drawn from `law` cut at `t_max`, one in each of `num_samples` equal cells of its distribution function
-    (stratified), and weighted by u du/dt over the law's density. The remaining path beyond `t_max` is replaced by the
-    cross-entropy there, which keeps the bound valid for any t_max.
+    (stratified), and weighted by u du/dt over the law's density. If 4 divides `num_samples`, neighbouring cells share
+    their noise with opposite signs, which takes off much of its variance. The remaining path beyond `t_max` is replaced
+    by the cross-entropy there, which keeps the bound valid for any t_max.
 
     Args:
         flow_map: Only its diagonal is called, `num_samples` + 2 times.
         tokens: Ids in [0, V), (B, L).
-        law: Law of t; the best is proportional to u times the root mean square of the summed integrand (`pilot`).
+        law: Law of t; any is unbiased, `pilot` finds a good one.
         num_samples: Draws per sequence, at least 2.
         t_max: Where the path is cut, in (0, 1).
         known: Positions given as clean text; the bound is then conditional on them (and on the length) and sums
@@ -182,7 +183,7 @@ def nelbo(
 
     Returns:
         Nats per sequence; divide by the number of scored positions times ln 2 for bits per token. The standard error
-        compares draws of neighbouring cells, hence is an upper estimate in the mean.
+        compares neighbouring cells, or pairs of them, hence is an upper estimate in the mean.
 
     Raises:
         ValueError: num_samples < 2 or t_max outside (0, 1).
@@ -194,18 +195,21 @@ def nelbo(
     def noise() -> Tensor:
         return shared_or_own(shape, common, generator, dtype, tokens.device)
 
-    draws, rest = [], []
+    draws, rest, drawn = [], [], noise()
+    mirrored = num_samples % 4 == 0
     for i in range(num_samples):
         place = torch.rand(1 if common else rows, generator=generator, dtype=torch.float64, device=tokens.device)
         place = ((i + place) / num_samples).expand(rows)
         draws.append(
-            path_draws(flow_map, tokens, place, law, noise(), t_max=t_max, known=known, integrand=integrand).cpu()
+            path_draws(flow_map, tokens, place, law, drawn, t_max=t_max, known=known, integrand=integrand).cpu()
         )
+        drawn = -drawn if mirrored and i % 2 == 0 else noise()
     for _ in range(2):  # two draws: the end's noise belongs to the standard error
         rest.append(end_draws(flow_map, tokens, noise(), t_max=t_max, known=known).cpu())
     path, end = torch.stack(draws), torch.stack(rest)
-    per_token = path.mean(0) + end.mean(0)
-    variance = stratified_variance(path.sum(2)) + end.sum(2).var(0) / 2
+    per_token, sums = path.mean(0) + end.mean(0), path.sum(2)
+    independent = sums.unflatten(0, (-1, 2)).mean(1) if mirrored else sums
+    variance = stratified_variance(independent) + end.sum(2).var(0) / 2
     return Bound(per_token.sum(1), variance.sqrt(), per_token)
 
 
@@ -222,10 +226,16 @@ def shared_or_own(
 
 
 def stratified_variance(draws: Float[Tensor, "n b"]) -> Float[Tensor, "b"]:
-    """Variance of the mean of one draw per cell, from the spread within pairs of neighbouring cells.
+    """Variance of each row's mean of one draw per cell, from the spread within pairs of neighbouring cells.
 
-    The means of two neighbours may differ, so it is an upper estimate; three of an odd number stay together.
+    The means of two neighbours may differ, so it is an upper estimate. From 8 rows on, the trend over cells that rows
+    have in common, in proportion to their means, is taken off first; it is no error. Three of an odd number stay
+    together.
     """
+    rows = draws.shape[1]
+    if rows >= 8:
+        trend, scale = draws.mean(1, keepdim=True), draws.mean(0) / draws.mean()
+        draws = (draws - trend * scale.nan_to_num(0.0)) * (rows / (rows - 1)) ** 0.5
     spread = torch.stack([len(group) * group.var(0) for group in draws.tensor_split(len(draws) // 2)])
     return spread.sum(0) / len(draws) ** 2
 
@@ -236,37 +246,47 @@ def pilot(
     tokens: Int[Tensor, "b l"],
     clock: Law,
     *,
-    bins: int = 32,
+    num_samples: int = 16,
+    bins: int = 24,
     t_max: float = 0.9,
     known: Bool[Tensor, "b l"] | None = None,
     generator: torch.Generator | None = None,
     integrand: Integrand = squared_error,
 ) -> Law:
-    """The law of t under which draws of the bound vary least, from one draw per text and bin of a clock.
+    """The law of t under which a bound from `num_samples` stratified draws varies little.
 
-    Its density is proportional to u times the root mean square over texts and noise of the summed integrand, by bin;
-    a tenth stays the clock's, so that nothing is starved. The bound stays unbiased whatever the pilot saw.
+    One draw varies least if the density follows the root mean square of u times the summed integrand. Stratified draws
+    hardly feel how its mean changes with t, since each cell is narrow, and many of them vary least if the density
+    follows the noise alone, so with n draws it is sqrt(noise variance + min(1, 2/n)^2 (mean square - noise variance)).
+    A tenth stays the clock's, so that rare errors at late times are not starved. The bound is unbiased whatever the
+    pilot saw.
 
     Args:
-        flow_map: Only its diagonal is called, `bins` times.
+        flow_map: Only its diagonal is called, 2 `bins` times.
         tokens: A few dozen texts like those to be scored, (B, L).
         clock: Whose unit interval, cut at `t_max`, is divided into bins.
+        num_samples: Draws per text that the law is for; 1 for single ones.
         bins: How many.
         t_max: As in `nelbo`.
         known: As in `nelbo`.
         generator: Source of randomness; the global one if None.
         integrand: As in `path_draws`.
 
-    Source: docs/maths.md (b), "Optimal time law".
+    Source: docs/maths.md (b), "Optimal time law"; (f1), "Laws and pilots".
     """
     rows, shape = len(tokens), (*tokens.shape, flow_map.denoiser.vocab_size)
-    strength = torch.zeros(bins, dtype=torch.float64)
+    share, strength = min(1.0, 2 / num_samples) ** 2, torch.zeros(bins, dtype=torch.float64)
     for i in range(bins):
-        place = torch.rand(rows, generator=generator, dtype=torch.float64, device=tokens.device)
-        noise = torch.randn(shape, generator=generator, device=tokens.device)
-        draws = path_draws(
-            flow_map, tokens, (i + place) / bins, clock, noise, t_max=t_max, known=known, integrand=integrand
+        place = (i + torch.rand(rows, generator=generator, dtype=torch.float64, device=tokens.device)) / bins
+        noises = (torch.randn(shape, generator=generator, device=tokens.device) for _ in range(2))
+        pair = torch.stack(
+            [
+                path_draws(flow_map, tokens, place, clock, noise, t_max=t_max, known=known, integrand=integrand).sum(1)
+                for noise in noises
+            ]
         )
-        strength[i] = draws.sum(1).square().mean().sqrt().cpu()
+        noise_variance = pair.var(0).mean()
+        rest = (pair.square().mean() - noise_variance).clamp_min(0)
+        strength[i] = (noise_variance + share * rest).sqrt().cpu()
     cut = clock.cdf(torch.tensor(t_max, dtype=torch.float64))
     return information_uniform(Law.from_cdf(lambda t: (clock.cdf(t) / cut).clamp_max(1)), strength)

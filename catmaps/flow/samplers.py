@@ -120,7 +120,8 @@ def sample(
     """Draws noise and carries it to text.
 
     Args:
-        flow_map: The model.
+        flow_map: The model. Its temperature, which divides the logits, also multiplies the variance of the first noise:
+            in a single call the likeliest tokens are the same at any division of the logits.
         step: One of SAMPLERS.
         times: 0 = t_0 < ... < t_N = 1 (`times.grid`): N steps.
         shape: (B, L, V).
@@ -138,7 +139,8 @@ def sample(
     """
     if (known is None) != (tokens is None):
         raise ValueError("sample needs `tokens` and `known` together")
-    state = clamp_known(gaussian(shape, generator, dtype), tokens, known)
+    first = State(gaussian(shape, generator, dtype).x * flow_map.temperature**0.5)
+    state = clamp_known(first, tokens, known)
     for s, t in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
         state, mu = step(flow_map, state, _times_at(s, state, known), _times_at(t, state, known), generator)
         if watch is not None:

@@ -173,7 +173,7 @@ def pairs(
 
 
 def final_pairs(clock: Law, start: Float[Tensor, "b"]) -> Pair:
-    """Jumps to the end, (s, 1): s at `start`, uniform draws in [0, 1), of the clock, at least 1/512 of it from the end."""
+    """Jumps to the end, (s, 1): s at `start` of the clock, uniform in [0, 1), and at least 1/512 of it from the end."""
     s = clock.quantile(start.clamp_max(1 - 1 / 512))[:, None]
     t = torch.ones_like(s)
     return Pair(s, clock.midpoint(s, t), t)

@@ -17,7 +17,7 @@ from catmaps.errors import UserError
 from catmaps.evaluation import frontier as module
 from catmaps.evaluation.frontier import Setting, Task, Texts, control_tasks, trace
 from catmaps.evaluation.frontier_rows import FrontierRow, key_of, name_of, read_rows, write_rows
-from catmaps.evaluation.judge import Judge
+from catmaps.evaluation.judge import Judge, JudgeConfig
 from catmaps.evaluation.matched import crossing, curves, matched
 from catmaps.evaluation.quality import HELDOUT, draw_chunks
 from catmaps.text.build import build_shards
@@ -54,8 +54,8 @@ def test_a_curve_is_never_extrapolated(target: float, side: str, other: str) -> 
     assert one.forward is None
     assert f"it stays {side}: 4.000 to 5.000); try {other} temperatures" in str(one)
     assert one.as_dict()["forward_bits"] is None
-    (flat,) = matched([row(1.0, 5.0, 3.0), row(0.5, 5.0, 3.0)], Mean(target, 0.0))
-    assert str(flat).endswith("(it stays at 5.000, whatever the temperature)")
+    (point,) = matched([row(1.0, 5.0, 3.0)], Mean(target, 0.0))
+    assert str(point).endswith("(it is a point, at 5.000)")
 
 
 def test_of_several_crossings_the_one_nearest_to_temperature_1() -> None:
@@ -134,6 +134,15 @@ def test_controls_have_the_form_of_the_samples(setting: Setting) -> None:
     assert not set(setting.heldout[0].samples) & set(setting.heldout[1])
 
 
+def test_controls_of_bytes_have_as_many_characters(setting: Setting) -> None:
+    text = "Größe und naïve Cafés über Łódź 🐟 " * 800
+    judge = Judge.build([text], [text], WordIds(), JudgeConfig(alphabet=None))
+    for task in control_tasks(replace(setting, judge=judge)):
+        samples, texts = task.draw()
+        assert {len(text) for text in samples} == {64}
+        assert {len(text) for text in texts} == {1024}
+
+
 def test_rows_in_the_file_are_not_drawn_again(setting: Setting, tmp_path: Path) -> None:
     drawn: list[str] = []
 
@@ -191,21 +200,21 @@ def test_command(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
-    options = ["--out", tmp_path, "--steps", 1, "--num", 12, "--texts", 2, "--json", "--temperatures", 0.5]
+    options = ["--out", tmp_path, "--steps", 1, 2, "--num", 12, "--texts", 2, "--json", "--temperatures", 0.5]
     assert call(run_folder, *options) == 0
     said = json.loads(capsys.readouterr().out)
     assert json.loads((tmp_path / "frontier.json").read_text())["rows"] == said["rows"]
-    assert [one["series"] for one in said["rows"]][-1] == "base"
-    assert said["matched"][0]["forward_bits"] is None  # one temperature makes no curve
+    assert [(one["series"], one["steps"]) for one in said["rows"][-2:]] == [("base", 1), ("base", 2)]
+    assert said["matched"][1]["forward_bits"] is None  # one temperature makes no curve
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
     drawn: list[float] = []
     measure, base = module.measure, shutil.copytree(run_folder, tmp_path / "again")
     monkeypatch.setattr(module, "measure", lambda task, s: (drawn.append(task.key.temperature), measure(task, s))[1])
-    assert call(run_folder, *options, 5.0, "--base", base, "--base-steps", 1) == 0
+    assert call(run_folder, *options, 5.0, "--base", base, "--base-steps", 2) == 0
     shown = capsys.readouterr()
-    assert drawn == [5.0]  # the base has the same weights, so its rows are known
+    assert drawn == [5.0, 5.0]  # the base has the same weights, so its rows are known
     again = json.loads(shown.out)
-    assert len(again["rows"]) == len(said["rows"]) + 3
+    assert len(again["rows"]) == len(said["rows"]) + 3  # one more of the run, two of the base
     with (tmp_path / "frontier.csv").open(newline="") as stream:
         assert len(list(csv.DictReader(stream))) == len(said["rows"]) + 1
     assert "At the token entropy of held-out text" in shown.err

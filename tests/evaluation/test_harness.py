@@ -12,11 +12,12 @@ from oracle import MarkovChain
 from oracle_runs import AnyLength, Ask, K, Letters, OracleRun, stationary_chain
 from tiny_runs import LENGTH, words
 
+from catmaps.baselines.families import FAMILIES
 from catmaps.errors import UserError
 from catmaps.evaluation import conditional, writing
 from catmaps.evaluation.encoding import Encoder
 from catmaps.evaluation.harness import Harness
-from catmaps.model import Run, load_run
+from catmaps.model import Run, build_baseline, load_run
 from catmaps.text.tokenizers import ByteTokenizer, Text8Tokenizer, train_bpe
 
 
@@ -306,4 +307,6 @@ def test_options_out_of_range(base_run: Path) -> None:
 
 def test_a_baseline_is_refused(base_run: Path) -> None:
     run = load_run(base_run)
-    object.__setattr__(run, "config", replace(run.config, family="masked"))
+    network = build_baseline(FAMILIES["masked"], run.config.network, torch.zeros(run.tokenizer.vocab_size))
+    with pytest.raises(UserError, match="of family masked: this needs a run of family flow"):
+        Harness(replace(run, network=network, config=replace(run.config, family="masked")))

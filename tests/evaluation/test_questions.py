@@ -213,6 +213,20 @@ def test_places_are_stratified_and_uniform() -> None:
     assert np.var(first) == pytest.approx(1 / 12, rel=0.1)
 
 
+def test_standard_errors_leave_out_what_stratification_removes(chain: AnyLength) -> None:
+    """A smooth function of time has next to no error; noise has that of independent draws."""
+    question = Question([ids(1)] * 2, [ids(1, 2), ids(2, 3)], [1, 1], Budget())
+    places = np.array([path_place(question.key, i) for i in range(64)])
+    noise = np.random.default_rng(0).normal(size=64)
+    question.path, question.end = np.stack([np.sin(3 * places), noise]), np.zeros((2, 1))
+    assert question.stderr[0] < 0.1 * np.sin(3 * places).std() / 8
+    assert question.stderr[1] == pytest.approx(noise.std() / 8, rel=0.2)
+    question.end = np.array([[2.0, 4.0], [3.0, 3.0]])
+    assert question.stderr[0] == pytest.approx(1.0, abs=0.01)
+    question.end = np.array([[2.0], [0.0]])
+    assert question.stderr[0] == pytest.approx(2.0, abs=0.01)
+
+
 def test_hashes_tell_parts_apart() -> None:
     assert content_hash(ids(1), ids(2)) != content_hash(ids(1, 2))
     assert content_hash(ids(1, 2)) == content_hash(np.array([1, 2], dtype=np.uint16).astype(np.int64))

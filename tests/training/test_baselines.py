@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from multiprocess import run as run_processes
+from processes import run as run_processes
 from tiny_runs import LENGTH, Job, began, losses, rows, saved, state, tiny, train_on_record, trained, words
 
 from catmaps.baselines.families import FAMILIES
