@@ -165,8 +165,8 @@ def nelbo(
 
     Times are drawn from `law` cut at `t_max`, one in each of `num_samples` equal cells of its distribution function
     (stratified), and weighted by u du/dt over the law's density. If 4 divides `num_samples`, neighbouring cells share
-    their noise with opposite signs, which takes off much of its variance. The remaining path beyond `t_max` is replaced
-    by the cross-entropy there, which keeps the bound valid for any t_max.
+    their noise with opposite signs, which is as unbiased. The remaining path beyond `t_max` is replaced by the
+    cross-entropy there, which keeps the bound valid for any t_max.
 
     Args:
         flow_map: Only its diagonal is called, `num_samples` + 2 times.

@@ -214,7 +214,7 @@ def test_command(
     shown = capsys.readouterr()
     assert drawn == [5.0, 5.0]  # the base has the same weights, so its rows are known
     again = json.loads(shown.out)
-    assert len(again["rows"]) == len(said["rows"]) + 3  # one more of the run, two of the base
+    assert len(again["rows"]) == len(said["rows"]) + 4  # two more of the run, two of the base
     with (tmp_path / "frontier.csv").open(newline="") as stream:
         assert len(list(csv.DictReader(stream))) == len(said["rows"]) + 1
     assert "At the token entropy of held-out text" in shown.err

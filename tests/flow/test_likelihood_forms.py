@@ -178,31 +178,6 @@ def test_pilot_finds_a_law_of_small_variance() -> None:
     assert mean["pilot"] == pytest.approx(model.entropy(), abs=4 * error)
 
 
-def test_pilot_for_many_draws_follows_the_noise() -> None:
-    """The spread over repeated bounds of the same texts is what a pilot for 16 draws lowers."""
-    model = random_chain(5, 12, seed=4)
-    flow_map, clock, texts = FlowMap(model), warp(5), model.sample(48, seeded(23))
-    tokens, spread = texts.repeat_interleave(16, 0), []
-    for num in (1, 16):
-        law = pilot(flow_map, texts, clock, num_samples=num, generator=seeded(24))
-        bound = nelbo(flow_map, tokens, law, generator=seeded(25), dtype=F64)
-        spread.append(bound.nats.view(48, 16).var(1).mean().item())
-    assert spread[1] < 0.9 * spread[0]
-
-
-def test_mirrored_noise_lowers_the_variance() -> None:
-    """12 draws come in pairs of opposite noise, 13 do not; the standard error tells both."""
-    model = random_chain(5, 12, seed=4)
-    tokens = model.sample(48, seeded(26)).repeat_interleave(16, 0)
-    spread, said = {}, {}
-    for num in (12, 13):
-        bound = nelbo(FlowMap(model), tokens, warp(5), num_samples=num, generator=seeded(27), dtype=F64)
-        spread[num] = bound.nats.view(48, 16).var(1).mean().item() * num
-        said[num] = bound.stderr.square().mean().item() * num
-        assert spread[num] < 1.1 * said[num]
-    assert spread[12] < 0.85 * spread[13]
-
-
 def test_pilot_spends_little_beyond_the_cut() -> None:
     law = pilot(FlowMap(JOINT), JOINT.sample(32, seeded(21)), warp(3), t_max=0.6, generator=seeded(22))
     assert law.cdf(torch.tensor(0.6, dtype=F64)).item() > 0.999
