@@ -216,7 +216,7 @@ def test_command(
     again = json.loads(shown.out)
     assert len(again["rows"]) == len(said["rows"]) + 4  # two more of the run, two of the base
     with (tmp_path / "frontier.csv").open(newline="") as stream:
-        assert len(list(csv.DictReader(stream))) == len(said["rows"]) + 1
+        assert len(list(csv.DictReader(stream))) == len(said["rows"]) + 2
     assert "At the token entropy of held-out text" in shown.err
 
 
