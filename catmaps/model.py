@@ -74,6 +74,9 @@ def starting_law(config: ClockConfig, vocab_size: int) -> Law:
 
 def compile_blocks(network: Network) -> None:
     """Compiles the trunk's blocks in place; worth half a minute before long training or sampling."""
+    # A distillation calls blocks in more forms than dynamo's 8 (with and without gradient or clean positions, for each
+    # role's share of the batch); those beyond its limit would silently run uncompiled.
+    torch._dynamo.config.recompile_limit = 64
     for part in [*network.trunk.blocks, network.trunk.final_norm]:
         part.compile()
 

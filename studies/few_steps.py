@@ -10,6 +10,7 @@ import argparse
 import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from common import in_parallel, record
@@ -22,24 +23,37 @@ from catmaps.generation import SamplingConfig, generate_texts
 from catmaps.model import compile_blocks, load_run
 from catmaps.training.train import cache_folder, find_shards
 
-Job = tuple[Path, int, str, int, int, int]
+
+class Job(NamedTuple):
+    """A row of the table: what is drawn, and how much of it."""
+
+    run: Path
+    steps: int
+    sampler: str
+    num: int
+    num_texts: int
+    seed: int = 0
+    temperature: float = 1.0
 
 
 def draw(job: Job) -> tuple[list[str], list[str]]:
-    """(run, steps, sampler, samples, long texts, seed) -> samples, long texts."""
-    path, steps, sampler, num, num_texts, seed = job
-    run = load_run(path)
+    """Samples of the trained length, long texts."""
+    run = load_run(job.run)
     compile_blocks(run.network)
-    config = SamplingConfig(steps=steps, sampler=sampler, seed=seed, batch=128)
+    config = SamplingConfig(steps=job.steps, sampler=job.sampler, seed=job.seed, batch=128, temperature=job.temperature)
     judge = build_judge(find_shards(run.config), run.tokenizer, cache_folder())
-    return generate_texts(run, num, config), long_texts(run, judge, config, num_texts)
+    return generate_texts(run, job.num, config), long_texts(run, judge, config, job.num_texts)
 
 
 def rows(jobs: dict[str, Job], judge: Judge, workers: int) -> dict[str, Quality]:
     """Quality by name; every job is dealt to all workers in equal parts."""
     parts = [
-        (path, steps, sampler, math.ceil(num / workers), math.ceil(num_texts / workers), seed + 1000 * worker)
-        for path, steps, sampler, num, num_texts, seed in jobs.values()
+        job._replace(
+            num=math.ceil(job.num / workers),
+            num_texts=math.ceil(job.num_texts / workers),
+            seed=job.seed + 1000 * worker,
+        )
+        for job in jobs.values()
         for worker in range(workers)
     ]
     drawn = in_parallel(draw, parts, workers)
@@ -65,11 +79,15 @@ def main() -> None:
     length = judge_length(run, judge)
     num = math.ceil(options.characters / length / options.workers) * options.workers
     draws = [
-        *((f"map, {n} calls", options.map, n, "renoise") for n in (1, 2, 4, 8)),
-        ("map, 4 calls of flow_map", options.map, 4, "flow_map"),
-        *((f"base, {n} Euler steps", options.base, n, "euler") for n in (4, 64)),
+        *((f"map, {n} calls", options.map, n, "renoise", 1.0) for n in (1, 2, 4, 8)),
+        *((f"map, {n} calls at temperature 0.8", options.map, n, "renoise", 0.8) for n in (1, 4)),
+        ("map, 4 calls of flow_map", options.map, 4, "flow_map", 1.0),
+        *((f"base, {n} Euler steps", options.base, n, "euler", 1.0) for n in (4, 64)),
     ]
-    jobs = {name: (run, n, sampler, num, options.texts, options.seed) for name, run, n, sampler in draws}
+    jobs = {
+        name: Job(run, n, sampler, num, options.texts, options.seed, temperature)
+        for name, run, n, sampler, temperature in draws
+    }
     measured = rows(jobs, judge, options.workers)
     controls = control_rows(judge, length, num, np.random.default_rng(options.seed), options.texts)
     everything = {**measured, **controls}
@@ -77,9 +95,9 @@ def main() -> None:
     Console(width=150).print(quality_table(everything, reference))
     verdicts = {}
     for name, row in everything.items():
-        bars = Bars(forward=1.2, reverse=1.2) if name == "map, 1 calls" else Bars()
+        bars = Bars(forward=1.2, reverse=1.2) if name.startswith("map, 1 calls") else Bars()
         verdicts[name] = verdict(row, base, reference, bars)
-        print(f"{name:24} {'passes' if verdicts[name].passed else 'fails'}  {verdicts[name]}")
+        print(f"{name:32} {'passes' if verdicts[name].passed else 'fails'}  {verdicts[name]}")
     figures = {
         "rows": {name: asdict(row) for name, row in everything.items()},
         "verdicts": {name: asdict(v) | {"passed": v.passed} for name, v in verdicts.items()},

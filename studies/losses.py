@@ -48,9 +48,12 @@ def main() -> None:
     run = load_run(options.base)
     judge = build_judge(find_shards(run.config), run.tokenizer, cache_folder())
     draws: dict[str, Job] = {
-        f"{loss}, 4 calls": (f, 4, "renoise", options.samples, 64, 0) for loss, f in folders.items()
+        f"{loss}, 4 calls of {sampler}": Job(folder, 4, sampler, options.samples, 64)
+        for sampler in ("renoise", "flow_map")
+        for loss, folder in folders.items()
     }
-    draws["base, 4 Euler steps"] = (options.base, 4, "euler", options.samples, 64, 0)
+    draws["base, 4 Euler steps"] = Job(options.base, 4, "euler", options.samples, 64)
+    draws["base, 4 calls of renoise"] = Job(options.base, 4, "renoise", options.samples, 64)
     measured = rows(draws, judge, options.workers)
     Console(width=150).print(quality_table(measured))
     figures = {

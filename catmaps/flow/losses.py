@@ -180,3 +180,6 @@ def esd(flow_map: FlowMap, teacher: FlowMap, state: State, times: Pair, weight: 
 
 OffDiagonalLoss = Callable[[FlowMap, FlowMap, State, Pair, Float[Tensor, "b l"]], TokenLoss]
 OFF_DIAGONAL: dict[str, OffDiagonalLoss] = {"psd": psd, "lsd": lsd, "esd": esd, "ecld": ecld}
+LAGRANGIAN = frozenset({"lsd", "ecld"})
+"""Losses on (8), which learn from d/dt mu. At t = 1 its factor 1 - t is zero and they ask for any one-hot: a map taught
+there forgets the flow, so `objective` gives them pairs with t < 1."""

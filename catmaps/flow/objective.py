@@ -14,7 +14,7 @@ from torch import Tensor
 
 from catmaps.flow.flow_map import FlowMap
 from catmaps.flow.interpolant import State, interpolate
-from catmaps.flow.losses import OFF_DIAGONAL, TokenLoss, anchor, endpoint_cross_entropy, soft_cross_entropy
+from catmaps.flow.losses import LAGRANGIAN, OFF_DIAGONAL, TokenLoss, anchor, endpoint_cross_entropy, soft_cross_entropy
 from catmaps.flow.times import Law, Pair, final_pairs, ladder_pairs, pairs, stratified
 
 DIAGONAL, OFF_DIAGONAL_ROW, ANCHOR = 0, 1, 2
@@ -34,11 +34,13 @@ class ObjectiveConfig:
     anchor_gap: float = 1 / 64
     """Largest gap of an anchor, in units of the clock."""
     boundary: float = 0.25
-    """Share of the other off-diagonal sequences with (s, t) = (0, 1)."""
+    """Share of the other off-diagonal sequences with (s, t) = (0, 1); lsd and ecld take none."""
     final: float = 0.0
-    """Share of the others that end at t = 1: the jumps of renoising, from times spread over the sampling clock."""
+    """Share of the others that end at t = 1: the jumps of renoising, from times spread over the sampling clock; lsd and
+    ecld take none."""
     ladder: float = 0.0
-    """Share of what is left that are single steps of a sampling grid of 1, 2, 4, ... or 32 steps."""
+    """Share of what is left that are single steps of a sampling grid of 1, 2, 4, ... or 32 steps; lsd and ecld take
+    none."""
     clean: float = 0.25
     """Share of sequences with a clean prefix or span, for prompts and conditional scores."""
 
@@ -90,10 +92,15 @@ def plan(
 def _pairs(
     config: ObjectiveConfig, law: Law, sampling: Law, anchored: Bool[Tensor, "b"], generator: torch.Generator
 ) -> Pair:
-    """Off-diagonal times of every row: anchors, (0, 1), final jumps, rungs of the ladder, and general pairs."""
+    """Off-diagonal times of every row: anchors, (0, 1), final jumps, rungs of the ladder, and general pairs.
+
+    Lagrangian losses get anchors and general pairs alone: the others end at t = 1.
+    """
     batch = len(anchored)
     gap, start, boundary, final, early, ladder, rung, place = (stratified(batch, generator) for _ in range(8))
     gap = torch.where(anchored, gap * config.anchor_gap, gap)
+    if config.loss in LAGRANGIAN:
+        return pairs(law, gap, start, boundary, share=0.0)
     boundary = torch.where(anchored, torch.ones_like(boundary), boundary)
     pair = pairs(law, gap, start, boundary, config.boundary)
     free = ~anchored & (boundary >= config.boundary)

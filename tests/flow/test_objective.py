@@ -10,7 +10,7 @@ from torch import Tensor
 
 from catmaps.flow.flow_map import FlowMap
 from catmaps.flow.interpolant import interpolate
-from catmaps.flow.losses import OFF_DIAGONAL, anchor, endpoint_cross_entropy, soft_cross_entropy
+from catmaps.flow.losses import LAGRANGIAN, OFF_DIAGONAL, anchor, endpoint_cross_entropy, soft_cross_entropy
 from catmaps.flow.objective import (
     ANCHOR,
     DIAGONAL,
@@ -121,6 +121,14 @@ def test_final_jumps_end_at_one_and_start_all_over_the_sampling_clock() -> None:
     every = plan(dataclasses.replace(MIXED, boundary=0.0, final=1.0), uniform(), 512, 4, seeded(7), sampling)
     assert bool((every.times.t[every.role == OFF_DIAGONAL_ROW] == 1).all())
     assert bool((every.times.s < every.times.u)[every.role == OFF_DIAGONAL_ROW].all())
+
+
+@pytest.mark.parametrize("loss", get_args(ObjectiveConfig.__annotations__["loss"]))
+def test_lagrangian_losses_alone_never_end_at_one(loss: Literal["psd", "lsd", "esd", "ecld"]) -> None:
+    config = dataclasses.replace(MIXED, loss=loss, final=0.5, ladder=0.5)
+    drawn = plan(config, CLOCK, 2048, 4, seeded(7), warp(27))
+    ends = (drawn.times.t[drawn.role == OFF_DIAGONAL_ROW] == 1).double().mean().item()
+    assert ends == 0 if loss in LAGRANGIAN else ends > config.boundary
 
 
 def test_anchors_have_small_gaps_and_the_others_do_not() -> None:
