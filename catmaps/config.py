@@ -84,6 +84,8 @@ class TrainingConfig:
     """Of matrix products; weights, softmax and losses are fp32."""
     compile: bool = True
     """Compile the blocks (about half a minute at the start)."""
+    tile_megabytes: int = 128
+    """Size of a tile of vocabulary-sized work, in fp32; about four such tensors live at a time."""
     threads: int | None = None
     """CPU threads of a process; None: torch's choice."""
     save_every: int = 500
@@ -93,7 +95,15 @@ class TrainingConfig:
     evaluate_sequences: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "micro_batch", "save_every", "log_every", "evaluate_sequences"):
+        for name in (
+            "steps",
+            "batch",
+            "micro_batch",
+            "save_every",
+            "log_every",
+            "evaluate_sequences",
+            "tile_megabytes",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} must be at least 1, not {getattr(self, name)}")
         if self.threads is not None and self.threads < 1:
@@ -124,7 +134,12 @@ class Config:
 
 
 T = TypeVar("T")
-ADDED: dict[str, Any] = {"family": "flow", "objective.final": 0.0, "objective.ladder": 0.0}
+ADDED: dict[str, Any] = {
+    "family": "flow",
+    "objective.final": 0.0,
+    "objective.ladder": 0.0,
+    "training.tile_megabytes": 128,
+}
 """Fields that files of earlier versions lack, with what those runs were."""
 
 

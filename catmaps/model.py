@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from catmaps.baselines.families import FAMILIES, Family
-from catmaps.config import ClockConfig, Config, from_json
+from catmaps.config import ClockConfig, Config, TrainingConfig, from_json
 from catmaps.errors import UserError
 from catmaps.flow import times
 from catmaps.flow.evidence import OffDiagonalGain, TimeFeatures
@@ -28,6 +28,7 @@ from catmaps.network.denoiser import FlowNetwork, NetworkConfig
 from catmaps.network.tokens import Network, TokenNetwork
 from catmaps.text.tokenizers import Tokenizer
 from catmaps.text.tokenizers import load as load_tokenizer
+from catmaps.tiles import Fusion
 
 CONFIG, MODEL, CLOCK, TEACHER = "config.json", "model.safetensors", "clock.safetensors", "teacher.safetensors"
 METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
@@ -72,8 +73,21 @@ def starting_law(config: ClockConfig, vocab_size: int) -> Law:
     return times.logit_normal() if config.law == "logit_normal" else _warp(vocab_size)
 
 
+NUMBERS_PER_MEGABYTE = 2**18
+FUSED_VOCABULARY = 1024  # from here on a tile's arithmetic is worth compiling
+
+
+def configure(network: Network, config: TrainingConfig) -> None:
+    """Sets how a network computes: precision of products, size of tiles."""
+    network.precision = PRECISION[config.precision]
+    if isinstance(network, FlowNetwork):
+        network.tile = config.tile_megabytes * NUMBERS_PER_MEGABYTE
+
+
 def compile_blocks(network: Network) -> None:
-    """Compiles the trunk's blocks in place; worth half a minute before long training or sampling."""
+    """Compiles the trunk's blocks in place, and for large vocabularies the arithmetic of tiles; worth half a minute
+    before long training or sampling."""
+    Fusion.on = Fusion.on or network.vocab_size >= FUSED_VOCABULARY
     # A distillation calls blocks in more forms than dynamo's 8 (with and without gradient or clean positions, for each
     # role's share of the batch); those beyond its limit would silently run uncompiled.
     torch._dynamo.config.recompile_limit = 64
@@ -161,7 +175,7 @@ def load_run(path: Path) -> Run:
     tokenizer = load_tokenizer(path)
     network = network_of(config, torch.zeros(tokenizer.vocab_size))
     load_weights(network, path / MODEL)
-    network.precision = PRECISION[config.training.precision]
+    configure(network, config.training)
     return Run(path, config, network.eval().requires_grad_(False).to(best_device()), tokenizer, read_law(path / CLOCK))
 
 

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from catmaps.flow.interpolant import State, interpolate
+from catmaps.flow.interpolant import AnyState, State, interpolate
+from catmaps.tiles import Readout
 
 CLEAN_GAIN = 1e3  # log-odds of a clean position: exp(-1000) is 0 in fp64, and no infinity meets a zero
 U_MAX = 12.0  # where the exact flow ends: a token is undecided there with probability below 1e-12
@@ -31,6 +32,8 @@ class Oracle(ABC):
     """A denoiser that is given by its log endpoints; hidden vectors are these log endpoints."""
 
     vocab_size: int
+    tile = 2**24
+    projects = False
 
     @abstractmethod
     def log_endpoint(
@@ -38,26 +41,29 @@ class Oracle(ABC):
     ) -> Float[Tensor, "b l v"]:
         """log mu_{s,t}(x), normalised or not."""
 
-    def encode(self, state: State, s: Tensor, t: Tensor) -> Tensor:
+    def encode(self, state: AnyState, s: Tensor, t: Tensor) -> Tensor:
         return self.log_endpoint(state.x, s, t)
 
     def encode_with_tangent(
-        self, state: State, s: Tensor, t: Tensor, ds: Tensor, dt: Tensor, dx: Tensor | None = None
+        self, state: AnyState, s: Tensor, t: Tensor, ds: Tensor, dt: Tensor, dx: AnyState | None = None
     ) -> tuple[Tensor, Tensor]:
-        dx = torch.zeros_like(state.x) if dx is None else dx
-        return jvp(self.log_endpoint, (state.x, s, t), (dx, ds, dt))
+        direction = torch.zeros_like(state.x) if dx is None else dx.x
+        return jvp(self.log_endpoint, (state.x, s, t), (direction, ds, dt))
 
-    def logits(self, hidden: Tensor, state: State, s: Tensor, t: Tensor) -> Tensor:
-        return hidden
+    def readout(self, hidden: Tensor, state: AnyState, s: Tensor, t: Tensor) -> Readout:
+        return Readout(hidden)
 
     def logits_with_tangent(
         self,
         hidden: tuple[Tensor, Tensor],
-        state: State,
+        state: AnyState,
         times: tuple[Tensor, Tensor, Tensor, Tensor],
-        dx: Tensor | None = None,
+        dx: AnyState | None = None,
     ) -> tuple[Tensor, Tensor]:
         return hidden
+
+    def readout_parameters(self) -> list[Tensor]:
+        return []
 
 
 class ExactModel(Oracle):
@@ -267,12 +273,12 @@ def path_state(model: ExactModel, n: int, t: float | Tensor, seed: int = 0) -> S
     return interpolate(tokens, noise, times)
 
 
-def time_like(state: State, value: float) -> Float[Tensor, "b 1"]:
+def time_like(state: AnyState, value: float) -> Float[Tensor, "b 1"]:
     """One time for every sequence of the state, in its dtype."""
     return state.x.new_full((state.batch_size, 1), value)
 
 
-def times_like(state: State, s: float, t: float) -> tuple[Float[Tensor, "b 1"], Float[Tensor, "b 1"]]:
+def times_like(state: AnyState, s: float, t: float) -> tuple[Float[Tensor, "b 1"], Float[Tensor, "b 1"]]:
     """Two such times."""
     return time_like(state, s), time_like(state, t)
 

@@ -63,8 +63,9 @@ def twins(
     net: FlowNetwork, x: Tensor, at: Times, rates: Times, dx: Tensor | None
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """((hidden, logits), their tangents) by the hand-written methods, in the layout of torch.func.jvp."""
-    hidden, dhidden = net.encode_with_tangent(State(x), *at, *rates, dx)
-    logits, dlogits = net.logits_with_tangent((hidden, dhidden), State(x), (*at, *rates), dx)
+    direction = None if dx is None else State(dx)
+    hidden, dhidden = net.encode_with_tangent(State(x), *at, *rates, direction)
+    logits, dlogits = net.logits_with_tangent((hidden, dhidden), State(x), (*at, *rates), direction)
     return (hidden, logits), (dhidden, dlogits)
 
 

@@ -97,14 +97,24 @@ def test_the_checker_sees_every_kind_of_import() -> None:
 
 @pytest.mark.parametrize("path", below("flow"), ids=short)
 def test_the_mathematics_stands_alone(path: Path) -> None:
-    found = {name for name in imports_of(path) if stranger(name, "torch", "numpy", "jaxtyping", "catmaps.flow")}
+    found = {
+        name
+        for name in imports_of(path)
+        if stranger(name, "torch", "numpy", "jaxtyping", "catmaps.flow", "catmaps.tiles")
+    }
     assert not found
 
 
 @pytest.mark.parametrize("path", below("network"), ids=short)
 def test_the_network_knows_no_flow(path: Path) -> None:
-    found = {name for name in imports_of(path) if stranger(name, "torch", "jaxtyping", "catmaps.network")}
+    found = {
+        name for name in imports_of(path) if stranger(name, "torch", "jaxtyping", "catmaps.network", "catmaps.tiles")
+    }
     assert not found
+
+
+def test_tiles_stand_below_everything() -> None:
+    assert not {name for name in imports_of(ROOT / "tiles.py") if stranger(name, "torch", "jaxtyping")}
 
 
 @pytest.mark.parametrize("path", below("baselines"), ids=short)

@@ -19,15 +19,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from catmaps.flow.flow_map import FlowMap, Tangent
-from catmaps.flow.interpolant import State, counter_noise, root_snr
+from catmaps.flow.flow_map import Endpoint, FlowMap, MovingEndpoint
+from catmaps.flow.interpolant import AnyState, State, root_snr
 from catmaps.flow.likelihood import end_draws, path_draws
+from catmaps.flow.noise import Noise
 from catmaps.flow.times import Law, mixture
 from catmaps.model import Run, load_run
 
 T_MAX = 0.9
 CPU_ELEMENTS, GPU_ELEMENTS = 1 << 21, 1 << 28  # positions x vocabulary of a batch: on CPUs what stays in the caches
-_END, _FIRST, _ROTATION = 1 << 60, 2 << 60, 3 << 60  # where the indices of other draws begin, beyond those of the path
+_ROTATION = 3 << 60  # a counter beyond those of other draws
 
 Ids = Int[np.ndarray, "_"]
 Kind = Literal["path", "end", "first", "greedy"]
@@ -42,19 +43,19 @@ class PromptedMap(FlowMap):
 
     prompt: Int[Tensor, "b c"] = field(kw_only=True)
 
-    def logits(self, state: State, s: Float[Tensor, "b #n"], t: Float[Tensor, "b #n"]) -> Float[Tensor, "b n v"]:
+    def read(self, state: AnyState, s: Float[Tensor, "b #n"], t: Float[Tensor, "b #n"]) -> Endpoint:
         if not self.prompt.shape[1]:
-            return super().logits(state, s, t)
+            return super().read(state, s, t)
         rows, new, vocab_size = state.x.shape
         clean = state.x.new_zeros(rows, self.prompt.shape[1], vocab_size).scatter_(-1, self.prompt[..., None], 1.0)
         ones = s.new_ones(self.prompt.shape)
         whole_s, whole_t = (torch.cat([ones, time.expand(rows, new)], 1) for time in (s, t))
         hidden = self.denoiser.encode(State(torch.cat([clean, state.x], 1)), whole_s, whole_t)
-        return self.denoiser.logits(hidden[:, -new:], state, s, t) / self.temperature
+        return Endpoint(self, hidden[:, -new:], state, s, t, torch.is_grad_enabled())
 
-    def endpoint_with_tangent(
-        self, state: State, s: Tensor, t: Tensor, *, ds: Tensor, dt: Tensor, dx: Tensor | None = None
-    ) -> Tangent:
+    def read_with_tangent(
+        self, state: AnyState, s: Tensor, t: Tensor, *, ds: Tensor, dt: Tensor, dx: AnyState | None = None
+    ) -> MovingEndpoint:
         raise NotImplementedError("a prompted map is for scoring: it has no tangents")
 
 
@@ -155,9 +156,9 @@ class Scorer:
 
     def _noise(self, row: Row) -> Float[Tensor, "1 n v"]:
         # Drawn position by position: a shorter continuation of the same key has the first part of a longer one's.
-        start = {"path": 0, "end": _END, "first": _FIRST, "greedy": _FIRST}[row.kind]
-        index = np.array([row.index + start])
-        return counter_noise(row.key, index, len(row.continuation), self.flow_map.denoiser.vocab_size)
+        stream = {"path": 0, "end": 1, "first": 2, "greedy": 2}[row.kind]
+        index, size = torch.tensor([row.index]), self.flow_map.denoiser.vocab_size
+        return Noise.of(row.key, index, len(row.continuation), size, stream).x
 
 
 def couple(noise: Float[Tensor, "b n v"], tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n v"]:

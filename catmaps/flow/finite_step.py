@@ -12,20 +12,24 @@ makes it diverge as the map becomes exact, since mu_{0,1} is then one-hot and kn
 Source: docs/maths.md (f1b), eq. (16).
 """
 
+from functools import partial
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from catmaps.flow.flow_map import FlowMap
+from catmaps.flow.flow_map import Endpoint, FlowMap, positionwise
 from catmaps.flow.interpolant import root_snr
-from catmaps.flow.likelihood import Bound, log_posterior, shared_or_own, unless_known
+from catmaps.flow.likelihood import Bound, posterior, unless_known
+from catmaps.flow.noise import Noise
 from catmaps.flow.times import Law, grid
+from catmaps.tiles import Tile, over_tiles
 
 
 def step_cost(
     log_mu: Float[Tensor, "b l v"],
     tokens: Int[Tensor, "b l"],
-    increment: Float[Tensor, "b"],
+    increment: Float[Tensor, "b #l"],
     noise: Float[Tensor, "b l v"],
 ) -> Float[Tensor, "b l"]:
     """One draw by token of a step's summand in (16); its mean is at most the cross-entropy, which is `increment` = inf.
@@ -36,15 +40,23 @@ def step_cost(
     Args:
         log_mu: The posterior at the step's start.
         tokens: The text.
-        increment: D = SNR_t - SNR_s of each row, positive or infinite.
+        increment: D = SNR_t - SNR_s, positive or infinite.
         noise: Standard normal, independent of the state.
     """
-    right, last = tokens[..., None], increment.isinf()[:, None, None]
-    size = torch.where(last, 0.0, increment[:, None, None]).to(log_mu.dtype)
+    right, last = tokens[..., None], increment.isinf()[..., None]
+    size = torch.where(last, 0.0, increment[..., None]).to(log_mu.dtype)
     swing = size.sqrt() * (noise - noise.gather(-1, right))  # 0 at the token itself
     mean = torch.where(last, -torch.inf, -size).expand_as(log_mu).scatter(-1, right, 0.0)
     weight = (log_mu + mean).softmax(-1)
     return (weight * swing).sum(-1) - (log_mu + mean + swing).logsumexp(-1)
+
+
+def _cost(
+    tokens: Tensor, increment: Float[Tensor, "b 1"], noise: Tensor | Noise, log_mu: Tensor, tile: Tile
+) -> Float[Tensor, "_ n"]:
+    """`step_cost` of a tile."""
+    made = tile(noise) if isinstance(noise, Tensor) else tile(noise).x
+    return step_cost(log_mu, tile(tokens), tile(increment), made)
 
 
 def _increments(times: Tensor) -> Float[Tensor, "n"]:
@@ -84,18 +96,18 @@ def finite_step_bound(
     if num_samples < 2:
         raise ValueError(f"finite_step_bound needs num_samples >= 2, not {num_samples}")
     increments = _increments(times)
-    rows, shape = len(tokens), (*tokens.shape, flow_map.denoiser.vocab_size)
+    rows = len(tokens)
 
-    def noise() -> Tensor:
-        return shared_or_own(shape, common, generator, dtype, tokens.device)
+    def noise() -> Tensor | Noise:
+        return flow_map.random_noise(tokens.shape, generator, dtype, tokens.device, common)
 
     draws = torch.zeros(num_samples, *tokens.shape, dtype=torch.float64)
     start, step = noise(), noise()
     for draw in draws:
         for i, (t, increment) in enumerate(zip(times[:-1].double().tolist(), increments.tolist(), strict=True)):
             at = torch.full((rows,), t, dtype=torch.float64, device=tokens.device)
-            log_mu = log_posterior(flow_map, tokens, start, at, known)
-            cost = step_cost(log_mu, tokens, torch.full_like(at, increment), step)
+            endpoint = posterior(flow_map, tokens, start, at, known)
+            cost = positionwise(endpoint, partial(_cost, tokens, torch.full_like(at, increment)[:, None], step))
             draw += unless_known(cost, known).cpu()
             # Neighbouring steps share their noise with opposite signs: less variance, and draws stay independent.
             last = i == len(increments) - 1
@@ -131,17 +143,19 @@ def step_costs(
         ValueError: `times` is not such a grid.
     """
     _increments(times)
-    snr = root_snr(times.double()).square()
-    shape = (*tokens.shape, flow_map.denoiser.vocab_size)
-    start, step = (torch.randn(shape, generator=generator, dtype=dtype, device=tokens.device) for _ in range(2))
+    snr = root_snr(times.double()).square().to(tokens.device)
+    start, step = (flow_map.random_noise(tokens.shape, generator, dtype, tokens.device) for _ in range(2))
     costs = torch.full((len(times), len(times)), torch.inf, dtype=torch.float64)
     for i in range(len(times) - 1):
         at = torch.full((len(tokens),), times[i].item(), dtype=torch.float64, device=tokens.device)
-        log_mu = log_posterior(flow_map, tokens, start, at, known)
-        for j in range(i + 1, len(times)):
-            increment = torch.full_like(at, (snr[j] - snr[i]).item())
-            cost = step_cost(log_mu, tokens, increment, step)
-            costs[i, j] = unless_known(cost, known).sum(1).mean()
+        endpoint, increments = posterior(flow_map, tokens, start, at, known), snr[i + 1 :] - snr[i]
+
+        def work(tile: Tile, endpoint: Endpoint = endpoint, increments: Tensor = increments) -> Tensor:
+            steps = (increment.expand(len(tokens), 1) for increment in increments)
+            return torch.stack([_cost(tokens, step_, step, tile(endpoint).log, tile) for step_ in steps], -1)
+
+        cost = over_tiles(work, *endpoint.shape, flow_map.denoiser.tile)
+        costs[i, i + 1 :] = torch.stack([unless_known(c, known).sum(1).mean() for c in cost.unbind(-1)]).cpu()
     return costs
 
 

@@ -18,8 +18,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from catmaps.flow.flow_map import FlowMap
+from catmaps.flow.flow_map import Endpoint, FlowMap, positionwise
 from catmaps.flow.interpolant import interpolate
+from catmaps.flow.noise import Noise
 from catmaps.flow.times import Law, information_uniform
 
 CROSS_ENTROPY_FACTOR = 0.814529  # max over p of 2 (1 - p)^2 / (-ln p), at p = 0.28467: the best constant in (15)
@@ -72,17 +73,17 @@ def projected_error(basis: Float[Tensor, "v d"]) -> Integrand:
     return integrand
 
 
-def log_posterior(
+def posterior(
     flow_map: FlowMap,
     tokens: Int[Tensor, "b l"],
-    noise: Float[Tensor, "b l v"],
+    noise: Float[Tensor, "b l v"] | Noise,
     t: Float[Tensor, "b"],
     known: Bool[Tensor, "b l"] | None,
-) -> Float[Tensor, "b l v"]:
-    """log mu_{t,t}(x_t) on the path of `tokens` with this noise, known positions clean; one time t per row."""
+) -> Endpoint:
+    """mu_{t,t}(x_t) on the path of `tokens` with this noise, known positions clean; one time t per row."""
     times = t.to(noise.dtype)[:, None]
     times = times if known is None else torch.where(known, 1.0, times)
-    return flow_map.log_endpoint(interpolate(tokens, noise, times), times, times)
+    return flow_map.read(interpolate(tokens, noise, times), times, times)
 
 
 def unless_known(values: Float[Tensor, "b l"], known: Bool[Tensor, "b l"] | None) -> Float[Tensor, "b l"]:
@@ -97,7 +98,7 @@ def path_draws(
     tokens: Int[Tensor, "b l"],
     place: Float[Tensor, "b"],
     law: Law,
-    noise: Float[Tensor, "b l v"],
+    noise: Float[Tensor, "b l v"] | Noise,
     *,
     t_max: float = 0.9,
     known: Bool[Tensor, "b l"] | None = None,
@@ -124,7 +125,8 @@ def path_draws(
     cut = law.cdf(torch.tensor(t_max, dtype=torch.float64)).item()
     t = law.quantile(place.double() * cut).clamp_max(t_max)
     weight = t / (1 - t).pow(3) / law.density(t) * cut  # u du/dt over the density of the law that is cut
-    value = integrand(log_posterior(flow_map, tokens, noise, t, known), tokens)
+    endpoint = posterior(flow_map, tokens, noise, t, known)
+    value = positionwise(endpoint, lambda log_mu, tile: integrand(log_mu, tile(tokens)))
     return weight[:, None] * unless_known(value, known)
 
 
@@ -132,7 +134,7 @@ def path_draws(
 def end_draws(
     flow_map: FlowMap,
     tokens: Int[Tensor, "b l"],
-    noise: Float[Tensor, "b l v"],
+    noise: Float[Tensor, "b l v"] | Noise,
     *,
     t_max: float = 0.9,
     known: Bool[Tensor, "b l"] | None = None,
@@ -143,8 +145,9 @@ def end_draws(
         Nats by token, fp64; 0 at known positions.
     """
     t = torch.full((len(tokens),), t_max, dtype=torch.float64, device=tokens.device)
-    log_mu = log_posterior(flow_map, tokens, noise, t, known)
-    return unless_known(-log_mu.gather(-1, tokens[..., None])[..., 0], known)
+    endpoint = posterior(flow_map, tokens, noise, t, known)
+    value = positionwise(endpoint, lambda log_mu, tile: -log_mu.gather(-1, tile(tokens)[..., None])[..., 0])
+    return unless_known(value, known)
 
 
 @torch.no_grad()
@@ -190,10 +193,10 @@ def nelbo(
     """
     if num_samples < 2 or not 0 < t_max < 1:
         raise ValueError(f"nelbo needs num_samples >= 2 and 0 < t_max < 1, not {num_samples} and {t_max}")
-    rows, shape = len(tokens), (*tokens.shape, flow_map.denoiser.vocab_size)
+    rows = len(tokens)
 
-    def noise() -> Tensor:
-        return shared_or_own(shape, common, generator, dtype, tokens.device)
+    def noise() -> Tensor | Noise:
+        return flow_map.random_noise(tokens.shape, generator, dtype, tokens.device, common)
 
     draws, rest, drawn = [], [], noise()
     mirrored = num_samples % 4 == 0
@@ -211,18 +214,6 @@ def nelbo(
     independent = sums.unflatten(0, (-1, 2)).mean(1) if mirrored else sums
     variance = stratified_variance(independent) + end.sum(2).var(0) / 2
     return Bound(per_token.sum(1), variance.sqrt(), per_token)
-
-
-def shared_or_own(
-    shape: tuple[int, ...],
-    common: bool,
-    generator: torch.Generator | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Float[Tensor, "b l v"]:
-    """Standard normal noise, the same for all rows if `common`."""
-    drawn = (1, *shape[1:]) if common else shape
-    return torch.randn(drawn, generator=generator, dtype=dtype, device=device).expand(shape)
 
 
 def stratified_variance(draws: Float[Tensor, "n b"]) -> Float[Tensor, "b"]:
@@ -274,11 +265,11 @@ def pilot(
 
     Source: docs/maths.md (b), "Optimal time law"; (f1), "Laws and pilots".
     """
-    rows, shape = len(tokens), (*tokens.shape, flow_map.denoiser.vocab_size)
+    rows = len(tokens)
     share, strength = min(1.0, 2 / num_samples) ** 2, torch.zeros(bins, dtype=torch.float64)
     for i in range(bins):
         place = (i + torch.rand(rows, generator=generator, dtype=torch.float64, device=tokens.device)) / bins
-        noises = (torch.randn(shape, generator=generator, device=tokens.device) for _ in range(2))
+        noises = (flow_map.random_noise(tokens.shape, generator, device=tokens.device) for _ in range(2))
         pair = torch.stack(
             [
                 path_draws(flow_map, tokens, place, clock, noise, t_max=t_max, known=known, integrand=integrand).sum(1)

@@ -2,43 +2,54 @@
 processes add up to the mean) and returns the differentiable weighted sum and detached per-position values in nats.
 
 An off-diagonal loss is one function (flow_map, teacher, state, times, weight) -> TokenLoss; to add one, write it here
-and enter it in OFF_DIAGONAL. `teacher` supplies diagonal posteriors: the frozen base, or the map itself.
+and enter it in OFF_DIAGONAL. `teacher` supplies diagonal posteriors: the frozen base, or the map itself. It makes its
+network calls first; an inner function then gives the loss of a tile of positions, of which `tile` cuts what it needs,
+and `weighted_sum` adds up tiles.
 
 Times satisfy s < u < t wherever weight > 0. They are not checked here: reading them would stall an accelerator.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from catmaps.flow.flow_map import FlowMap, kl_divergence
-from catmaps.flow.interpolant import State, advance, move, step_fraction
+from catmaps.flow.flow_map import Endpoint, FlowMap, kl_divergence
+from catmaps.flow.interpolant import AnyState, advance, move, step_fraction
+from catmaps.flow.reduction import TokenLoss, weighted_sum
 from catmaps.flow.times import Pair
+from catmaps.tiles import Readout, Tile, fused
 
 RATIO_FLOOR = 1e-2  # floor of the target of (12), as a share of the map; at an exact map they are equal
 
 
-class TokenLoss(NamedTuple):
-    """A loss to differentiate (nats) and what it was at every position, detached."""
-
-    total: Float[Tensor, ""]
-    values: Float[Tensor, "b l"]
-    squared_error: Float[Tensor, "b l"] | None = None
-    """||e - mu||^2 where the loss knows the token: the integrand of the likelihood bound (14)."""
+def _shifted(readout: Readout) -> Tensor:
+    """Logits with largest 0."""
+    logits = readout.logits()
+    return logits - logits.amax(-1, keepdim=True).detach()
 
 
-def _weighted(values: Tensor, weight: Tensor, squared_error: Tensor | None = None) -> TokenLoss:
-    # A position without weight must not bring its NaN or infinity along: 0 * inf is NaN.
-    total = torch.where(weight > 0, values * weight, torch.zeros_like(values)).sum()
-    return TokenLoss(total, values.detach(), squared_error)
+# Written so that forward and backward are sums over the vocabulary with one exponential an entry, and a compiler need
+# write out no tensor of that size but the gradient: no scatter, no second pass for a normaliser.
+
+
+@fused
+def _cross_entropy(now: Readout, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """-log mu[token] and ||e - mu||^2."""
+    logits = _shifted(now)
+    own = torch.arange(logits.shape[-1], device=logits.device) == tokens[..., None]
+    weight = logits.exp()
+    total = weight.sum(-1)
+    log_right = torch.where(own, logits, 0.0).sum(-1) - total.log()
+    square = 1 - 2 * log_right.exp() + weight.square().sum(-1) / total.square()
+    return -log_right, square.detach()
 
 
 def endpoint_cross_entropy(
     flow_map: FlowMap,
-    state: State,
+    state: AnyState,
     t: Float[Tensor, "b #l"],
     tokens: Int[Tensor, "b l"],
     weight: Float[Tensor, "b l"],
@@ -47,32 +58,63 @@ def endpoint_cross_entropy(
 
     Source: Roos et al. 2026, arXiv:2602.12233; docs/maths.md (b).
     """
-    log_mu = flow_map.log_endpoint(state, t, t)
-    log_right = log_mu.gather(-1, tokens[..., None])[..., 0]
-    with torch.no_grad():
-        mu = log_mu.exp()
-        square = 1 - 2 * log_right.exp() + mu.square().sum(-1)
-    return _weighted(-log_right, weight, square)
+
+    def work(now: Any, tile: Tile) -> tuple[Tensor, Tensor | None]:
+        return _cross_entropy(now.readout, tile(tokens))
+
+    return weighted_sum(work, flow_map.read(state, t, t), weight)
+
+
+def _kl_to(target: Tensor, now: Readout) -> Tensor:
+    """KL(target || mu) for a target that sums to 1."""
+    logits, target = _shifted(now), target.detach()
+    return logits.exp().sum(-1).log() - (torch.special.entr(target) + target * logits).sum(-1)
+
+
+@fused
+def _kl(target: Readout, now: Readout) -> Tensor:
+    return _kl_to(target.logits().softmax(-1), now)
 
 
 def soft_cross_entropy(
-    flow_map: FlowMap, teacher: FlowMap, state: State, t: Float[Tensor, "b #l"], weight: Float[Tensor, "b l"]
+    flow_map: FlowMap, teacher: FlowMap, state: AnyState, t: Float[Tensor, "b #l"], weight: Float[Tensor, "b l"]
 ) -> TokenLoss:
     """KL(teacher's mu_{t,t} || mu_{t,t}): holds the diagonal of a map to the frozen base, without sampling noise."""
     with torch.no_grad():
-        target = teacher.endpoint(state, t, t)
-    return _weighted(kl_divergence(target, flow_map.log_endpoint(state, t, t)), weight)
+        target = teacher.read(state, t, t)
+
+    def work(now: Any, tile: Tile) -> tuple[Tensor, Tensor | None]:
+        return _kl(tile(target).readout, now.readout), None
+
+    return weighted_sum(work, flow_map.read(state, t, t), weight)
 
 
-def _average(first: Tensor, second: Tensor, times: Pair) -> Tensor:
-    """a first + (1 - a) second with the weights of the semigroup, eq. (10)."""
+def _first_share(times: Pair) -> Float[Tensor, "b #l"]:
+    """The weight a of the first jump in the semigroup, eq. (10)."""
     s, u, t = times
     gap = torch.where(t > s, t - s, torch.ones_like(s))
-    share = ((u - s) * (1 - t) / (gap * (1 - u).clamp_min(torch.finfo(u.dtype).tiny))).clamp(0, 1)
-    return torch.lerp(second, first, share[..., None].to(first.dtype))
+    return ((u - s) * (1 - t) / (gap * (1 - u).clamp_min(torch.finfo(u.dtype).tiny))).clamp(0, 1)
 
 
-def psd(flow_map: FlowMap, teacher: FlowMap, state: State, times: Pair, weight: Float[Tensor, "b l"]) -> TokenLoss:
+@fused
+def _kl_of_mixture(first: Readout, second: Readout, share: Tensor, now: Readout) -> Tensor:
+    one, other = first.logits().softmax(-1), second.logits().softmax(-1)
+    return _kl_to(torch.lerp(other, one, share[..., None].to(one.dtype)), now)
+
+
+def _towards(
+    flow_map: FlowMap, state: AnyState, first: Endpoint, second: Endpoint, times: Pair, weight: Tensor
+) -> TokenLoss:
+    """KL from the mixture a first + (1 - a) second of (10) to mu_{s,t}."""
+    share = _first_share(times)
+
+    def work(now: Any, tile: Tile) -> tuple[Tensor, Tensor | None]:
+        return _kl_of_mixture(tile(first).readout, tile(second).readout, tile(share), now.readout), None
+
+    return weighted_sum(work, flow_map.read(state, times.s, times.t), weight)
+
+
+def psd(flow_map: FlowMap, teacher: FlowMap, state: AnyState, times: Pair, weight: Float[Tensor, "b l"]) -> TokenLoss:
     """Progressive self-distillation in KL form: two short jumps teach one long one.
 
         mu_{s,t}(x) = a mu_{s,u}(x) + (1 - a) mu_{u,t}(X_{s,u}(x)),   a = (u-s)(1-t) / ((t-s)(1-u)),            (10)
@@ -85,13 +127,14 @@ def psd(flow_map: FlowMap, teacher: FlowMap, state: State, times: Pair, weight: 
     del teacher
     s, u, t = times
     with torch.no_grad():
-        first = flow_map.endpoint(state, s, u)
-        second = flow_map.endpoint(advance(state, first, step_fraction(s, u)), u, t)
-        target = _average(first, second, times)
-    return _weighted(kl_divergence(target, flow_map.log_endpoint(state, s, t)), weight)
+        first = flow_map.read(state, s, u)
+        second = flow_map.read(advance(state, first, step_fraction(s, u)), u, t)
+    return _towards(flow_map, state, first, second, times, weight)
 
 
-def anchor(flow_map: FlowMap, teacher: FlowMap, state: State, times: Pair, weight: Float[Tensor, "b l"]) -> TokenLoss:
+def anchor(
+    flow_map: FlowMap, teacher: FlowMap, state: AnyState, times: Pair, weight: Float[Tensor, "b l"]
+) -> TokenLoss:
     """KL of short jumps against two solver steps of the frozen base, s -> u -> t: continuity at s = t.
 
     The same average (10) with the teacher's diagonal, mu_{s,u} ~ mu_{s,s} and mu_{u,t} ~ mu_{u,u}. Its bias vanishes
@@ -99,12 +142,11 @@ def anchor(flow_map: FlowMap, teacher: FlowMap, state: State, times: Pair, weigh
 
     Source: docs/maths.md (c3), "Anchor it".
     """
-    s, u, t = times
+    s, u, _ = times
     with torch.no_grad():
-        first = teacher.endpoint(state, s, s)
-        second = teacher.endpoint(advance(state, first, step_fraction(s, u)), u, u)
-        target = _average(first, second, times)
-    return _weighted(kl_divergence(target, flow_map.log_endpoint(state, s, t)), weight)
+        first = teacher.read(state, s, s)
+        second = teacher.read(advance(state, first, step_fraction(s, u)), u, u)
+    return _towards(flow_map, state, first, second, times, weight)
 
 
 def _along_t(times: Pair) -> tuple[Tensor, Tensor]:
@@ -113,7 +155,7 @@ def _along_t(times: Pair) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(moving), moving
 
 
-def lsd(flow_map: FlowMap, teacher: FlowMap, state: State, times: Pair, weight: Float[Tensor, "b l"]) -> TokenLoss:
+def lsd(flow_map: FlowMap, teacher: FlowMap, state: AnyState, times: Pair, weight: Float[Tensor, "b l"]) -> TokenLoss:
     """Lagrangian self-distillation: squared norm over the vocabulary of
 
         mu_{s,t}(x) - mu_{t,t}(X_{s,t}(x)) + (1 - t) gamma d/dt mu_{s,t}(x) = 0,                                 (8)
@@ -124,15 +166,19 @@ def lsd(flow_map: FlowMap, teacher: FlowMap, state: State, times: Pair, weight: 
     """
     s, _, t = times
     ds, dt = _along_t(times)
-    now = flow_map.endpoint_with_tangent(state, s, t, ds=ds, dt=dt)
-    gamma = step_fraction(s, t)
+    now, gamma = flow_map.read_with_tangent(state, s, t, ds=ds, dt=dt), step_fraction(s, t)
     with torch.no_grad():
-        target = teacher.endpoint(advance(state, now.endpoint, gamma), t, t)
-    residual = now.endpoint - target + ((1 - t) * gamma)[..., None] * now.endpoint_rate
-    return _weighted(residual.square().sum(-1), weight)
+        target = teacher.read(advance(state, now.still(), gamma), t, t)
+
+    def work(now: Any, tile: Tile) -> tuple[Tensor, Tensor | None]:
+        mu, rate = now.tangent.endpoint, now.tangent.endpoint_rate
+        residual = mu - tile(target).x + tile((1 - t) * gamma)[..., None] * rate
+        return residual.square().sum(-1), None
+
+    return weighted_sum(work, now, weight)
 
 
-def ecld(flow_map: FlowMap, teacher: FlowMap, state: State, times: Pair, weight: Float[Tensor, "b l"]) -> TokenLoss:
+def ecld(flow_map: FlowMap, teacher: FlowMap, state: AnyState, times: Pair, weight: Float[Tensor, "b l"]) -> TokenLoss:
     """Endpoint-consistency distillation: the cross-entropy bound on the Lagrangian residual of (8),
 
         2 KL(mu_{t,t}(X) || mu_{s,t}) + 2 (1 - t)^2 gamma^2 ||d/dt mu_{s,t}||^2.                                 (9)
@@ -144,15 +190,18 @@ def ecld(flow_map: FlowMap, teacher: FlowMap, state: State, times: Pair, weight:
     """
     s, _, t = times
     ds, dt = _along_t(times)
-    now = flow_map.endpoint_with_tangent(state, s, t, ds=ds, dt=dt)
-    gamma = step_fraction(s, t)
+    now, gamma = flow_map.read_with_tangent(state, s, t, ds=ds, dt=dt), step_fraction(s, t)
     with torch.no_grad():
-        target = teacher.endpoint(advance(state, now.endpoint, gamma), t, t)
-    energy = ((1 - t) * gamma).square() * now.endpoint_rate.square().sum(-1)
-    return _weighted(2 * kl_divergence(target, now.log_endpoint) + 2 * energy, weight)
+        target = teacher.read(advance(state, now.still(), gamma), t, t)
+
+    def work(now: Any, tile: Tile) -> tuple[Tensor, Tensor | None]:
+        energy = tile(((1 - t) * gamma).square()) * now.tangent.endpoint_rate.square().sum(-1)
+        return 2 * kl_divergence(tile(target).x, now.tangent.log_endpoint) + 2 * energy, None
+
+    return weighted_sum(work, now, weight)
 
 
-def esd(flow_map: FlowMap, teacher: FlowMap, state: State, times: Pair, weight: Float[Tensor, "b l"]) -> TokenLoss:
+def esd(flow_map: FlowMap, teacher: FlowMap, state: AnyState, times: Pair, weight: Float[Tensor, "b l"]) -> TokenLoss:
     """Eulerian self-distillation in KL form: moving the start along the flow does not move where the map leads.
 
     With D = d/ds along the flow (dx = v_s(x)) an exact map has
@@ -167,18 +216,24 @@ def esd(flow_map: FlowMap, teacher: FlowMap, state: State, times: Pair, weight: 
     """
     s, _, t = times
     with torch.no_grad():
-        base = teacher.endpoint(state, s, s)
+        base = teacher.read(state, s, s)
         moving = (t > s).to(s.dtype)
         rest = torch.where(t > s, 1 - s, torch.ones_like(s))
         drift = move(state, base, (moving / rest).expand(weight.shape))
-        now = flow_map.endpoint_with_tangent(state, s, t, ds=moving, dt=torch.zeros_like(t), dx=drift)
-        residual = (1 - t)[..., None] * (now.endpoint - base) - ((1 - s) * (t - s))[..., None] * now.endpoint_rate
-        target = (now.endpoint - residual).maximum(RATIO_FLOOR * now.endpoint)
-        target = target / target.sum(-1, keepdim=True)
-    return _weighted(kl_divergence(target, flow_map.log_endpoint(state, s, t)), weight)
+        along = flow_map.read_with_tangent(state, s, t, ds=moving, dt=torch.zeros_like(t), dx=drift)
+
+    def work(now: Any, tile: Tile) -> tuple[Tensor, Tensor | None]:
+        with torch.no_grad():
+            mu, rate = tile(along).tangent.endpoint, tile(along).tangent.endpoint_rate
+            residual = tile(1 - t)[..., None] * (mu - tile(base).x) - tile((1 - s) * (t - s))[..., None] * rate
+            target = (mu - residual).maximum(RATIO_FLOOR * mu)
+            target = target / target.sum(-1, keepdim=True)
+        return _kl_to(target, now.readout), None
+
+    return weighted_sum(work, flow_map.read(state, s, t), weight)
 
 
-OffDiagonalLoss = Callable[[FlowMap, FlowMap, State, Pair, Float[Tensor, "b l"]], TokenLoss]
+OffDiagonalLoss = Callable[[FlowMap, FlowMap, AnyState, Pair, Float[Tensor, "b l"]], TokenLoss]
 OFF_DIAGONAL: dict[str, OffDiagonalLoss] = {"psd": psd, "lsd": lsd, "esd": esd, "ecld": ecld}
 LAGRANGIAN = frozenset({"lsd", "ecld"})
 """Losses on (8), which learn from d/dt mu. At t = 1 its factor 1 - t is zero and they ask for any one-hot: a map taught

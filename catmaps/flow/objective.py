@@ -13,8 +13,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from catmaps.flow.flow_map import FlowMap
-from catmaps.flow.interpolant import State, interpolate
-from catmaps.flow.losses import LAGRANGIAN, OFF_DIAGONAL, TokenLoss, anchor, endpoint_cross_entropy, soft_cross_entropy
+from catmaps.flow.interpolant import AnyState, interpolate
+from catmaps.flow.losses import LAGRANGIAN, OFF_DIAGONAL, anchor, endpoint_cross_entropy, soft_cross_entropy
+from catmaps.flow.noise import Noise
+from catmaps.flow.reduction import TokenLoss
 from catmaps.flow.times import Law, Pair, final_pairs, ladder_pairs, pairs, stratified
 
 DIAGONAL, OFF_DIAGONAL_ROW, ANCHOR = 0, 1, 2
@@ -139,7 +141,7 @@ def batch_loss(
     teacher: FlowMap | None,
     config: ObjectiveConfig,
     tokens: Int[Tensor, "b l"],
-    noise: Float[Tensor, "b l v"],
+    noise: Float[Tensor, "b l v"] | Noise,
     plan: Plan,
     normaliser: float,
 ) -> BatchLoss:
@@ -151,7 +153,7 @@ def batch_loss(
             from the tokens and teaches itself.
         config: Its off-diagonal loss is used.
         tokens: (B, L).
-        noise: x_0, (B, L, V).
+        noise: x_0, (B, L, V), held or not.
         plan: Draws of these rows.
         normaliser: Positive.
     """
@@ -182,7 +184,7 @@ def _role_loss(
     flow_map: FlowMap,
     teacher: FlowMap | None,
     config: ObjectiveConfig,
-    state: State,
+    state: AnyState,
     times: Pair,
     tokens: Tensor,
     weight: Tensor,

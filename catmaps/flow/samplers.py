@@ -10,70 +10,104 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from catmaps.flow.flow_map import FlowMap
-from catmaps.flow.interpolant import State, advance, clamp_known, gaussian, renoise, step_fraction
+from catmaps.flow.flow_map import Endpoint, FlowMap, positionwise
+from catmaps.flow.interpolant import (
+    AnyState,
+    Combination,
+    OneHot,
+    State,
+    advance,
+    clamp_known,
+    combine,
+    renoise,
+    step_fraction,
+)
+from catmaps.flow.noise import Noise, random_key
 
-Step = Callable[[FlowMap, State, Tensor, Tensor, torch.Generator | None], tuple[State, Tensor]]
+Ending = Tensor | Endpoint
+"""mu of a step: (B, L, V) where states are held, else made when needed."""
+Step = Callable[[FlowMap, AnyState, Tensor, Tensor, torch.Generator | None], tuple[AnyState, Ending]]
 Watch = Callable[[float, Tensor], None]
 
 
-def _randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+def _fresh_noise(state: AnyState, generator: torch.Generator | None) -> Tensor | Noise:
+    """Noise for a state, held as the state is."""
+    if isinstance(state, State):
+        return torch.randn(state.x.shape, generator=generator, dtype=state.x.dtype, device=state.x.device)
+    sample = torch.arange(state.batch_size, device=state.terms[0][0].device)
+    return Noise.of(random_key(generator), sample, *state.shape[1:])
 
 
 def categorical(probabilities: Float[Tensor, "b l v"], generator: torch.Generator | None = None) -> Int[Tensor, "b l"]:
     """One draw per position, in fp64: fp32 would never draw events rarer than about 1e-7."""
+    shape, device = probabilities.shape[:-1], probabilities.device
+    return _at_point(probabilities, torch.rand(shape, generator=generator, dtype=torch.float64, device=device))
+
+
+def _at_point(probabilities: Tensor, point: Tensor) -> Tensor:
+    """The token at each point in [0, 1) of the distribution function."""
     cumulative = probabilities.double().cumsum(-1)
-    point = torch.rand(probabilities.shape[:-1], generator=generator, dtype=torch.float64, device=cumulative.device)
     point = (point * cumulative[..., -1])[..., None]
     # right: a point on an edge belongs to the token above it, never to one of probability 0.
     return torch.searchsorted(cumulative, point, right=True)[..., 0].clamp_max(probabilities.shape[-1] - 1)
 
 
+def _draw(mu: Ending, generator: torch.Generator | None) -> Int[Tensor, "b l"]:
+    """`categorical` of an endpoint, made or not."""
+    if isinstance(mu, Tensor):
+        return categorical(mu, generator)
+    point = torch.rand(mu.shape[:2], generator=generator, dtype=torch.float64, device=mu.hidden.device)
+    return positionwise(mu, lambda log_mu, tile: _at_point(log_mu.exp(), tile(point)))
+
+
+def likeliest(mu: Ending) -> Int[Tensor, "b l"]:
+    """The most probable token at every position."""
+    return mu.argmax(-1) if isinstance(mu, Tensor) else positionwise(mu, lambda log_mu, tile: log_mu.argmax(-1))
+
+
 def euler(
-    flow_map: FlowMap, state: State, s: Tensor, t: Tensor, generator: torch.Generator | None
-) -> tuple[State, Tensor]:
+    flow_map: FlowMap, state: AnyState, s: Tensor, t: Tensor, generator: torch.Generator | None
+) -> tuple[AnyState, Ending]:
     """One Euler step of the flow: the jump towards mu_{s,s}. Exact in u = t/(1-t); first order."""
     mu = flow_map.endpoint(state, s, s)
     return advance(state, mu, step_fraction(s, t)), mu
 
 
 def heun(
-    flow_map: FlowMap, state: State, s: Tensor, t: Tensor, generator: torch.Generator | None
-) -> tuple[State, Tensor]:
+    flow_map: FlowMap, state: AnyState, s: Tensor, t: Tensor, generator: torch.Generator | None
+) -> tuple[AnyState, Ending]:
     """The trapezoidal rule in u, where the flow is d(x/(1-t))/du = mu: second order, two calls.
 
     The last step, to u = infinity, is an Euler step.
     """
-    mu = flow_map.endpoint(state, s, s)
-    ends = bool((t >= 1).all())
-    if not ends:
-        ahead = advance(state, mu, step_fraction(s, t))
-        mu = (mu + flow_map.endpoint(ahead, t, t)) / 2
-    return advance(state, mu, step_fraction(s, t)), mu
+    mu, gamma = flow_map.endpoint(state, s, s), step_fraction(s, t)
+    if bool((t >= 1).all()):
+        return advance(state, mu, gamma), mu
+    second = flow_map.endpoint(advance(state, mu, gamma), t, t)
+    return advance(advance(state, mu, gamma / (2 - gamma)), second, gamma / 2), second
 
 
 def flow_map_step(
-    flow_map: FlowMap, state: State, s: Tensor, t: Tensor, generator: torch.Generator | None
-) -> tuple[State, Tensor]:
+    flow_map: FlowMap, state: AnyState, s: Tensor, t: Tensor, generator: torch.Generator | None
+) -> tuple[AnyState, Ending]:
     """One jump of the map, X_{s,t}."""
     mu = flow_map.endpoint(state, s, t)
     return advance(state, mu, step_fraction(s, t)), mu
 
 
 def renoise_step(
-    flow_map: FlowMap, state: State, s: Tensor, t: Tensor, generator: torch.Generator | None
-) -> tuple[State, Tensor]:
+    flow_map: FlowMap, state: AnyState, s: Tensor, t: Tensor, generator: torch.Generator | None
+) -> tuple[AnyState, Ending]:
     """Jump to the end, X_{s,1}, then renoise back to t: eq. (13) with t' = 1 (multistep consistency sampling)."""
     end = torch.ones_like(t)
     mu = flow_map.endpoint(state, s, end)
     clean = advance(state, mu, step_fraction(s, end))
-    return renoise(clean, end, t, _randn_like(state.x, generator)), mu
+    return renoise(clean, end, t, _fresh_noise(state, generator)), mu
 
 
 def localisation(
-    flow_map: FlowMap, state: State, s: Tensor, t: Tensor, generator: torch.Generator | None
-) -> tuple[State, Tensor]:
+    flow_map: FlowMap, state: AnyState, s: Tensor, t: Tensor, generator: torch.Generator | None
+) -> tuple[AnyState, Ending]:
     """Ancestral sampling in the localisation coordinate Y = x t / (1 - t)^2, whose clock is the SNR:
 
         k ~ mu_{s,s}(x),   Y_t = Y_s + D e_k + sqrt(D) noise,   D = SNR_t - SNR_s.
@@ -81,15 +115,16 @@ def localisation(
     The last step returns the drawn tokens. Source: docs/maths.md (a), (f1b).
     """
     mu = flow_map.endpoint(state, s, s)
-    drawn = torch.zeros_like(mu).scatter_(-1, categorical(mu, generator)[..., None], 1.0)
-    noise = _randn_like(state.x, generator)
+    tokens, noise = _draw(mu, generator), _fresh_noise(state, generator)
+    drawn = OneHot(tokens, state.shape[2])
     if bool((t >= 1).all()):
-        return State(torch.where((s < 1)[..., None], drawn, state.x)), drawn
+        return advance(state, drawn, (s < 1).to(t.dtype)), drawn.x.to(mu.dtype) if isinstance(mu, Tensor) else mu
     rest_s, rest_t = (1 - s).clamp_min(1e-6), (1 - t).clamp_min(1e-6)
-    increment = ((t / rest_t).square() - (s / rest_s).square())[..., None]
-    y = (s / rest_s.square())[..., None] * state.x + increment * drawn + increment.clamp_min(0).sqrt() * noise
-    x = (rest_t.square() / t.clamp_min(1e-12))[..., None] * y
-    return State(torch.where((t > s)[..., None], x, state.x)), mu
+    increment = ((t / rest_t).square() - (s / rest_s).square()).clamp_min(0)
+    back, moves = rest_t.square() / t.clamp_min(1e-12), t > s  # x = back Y
+    keep = torch.where(moves, back * s / rest_s.square(), 1.0)
+    to_token, to_noise = (torch.where(moves, back * part, 0.0) for part in (increment, increment.sqrt()))
+    return combine(state, keep, (to_token, drawn), (to_noise, noise)), mu
 
 
 SAMPLERS: dict[str, Step] = {
@@ -139,17 +174,43 @@ def sample(
     """
     if (known is None) != (tokens is None):
         raise ValueError("sample needs `tokens` and `known` together")
-    first = State(gaussian(shape, generator, dtype).x * flow_map.temperature**0.5)
-    state = clamp_known(first, tokens, known)
+    state = clamp_known(_pure_noise(flow_map, shape, len(times) - 1, generator, dtype), tokens, known)
     for s, t in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
-        state, mu = step(flow_map, state, _times_at(s, state, known), _times_at(t, state, known), generator)
+        at = (_times_at(time, state, known) for time in (s, t))
+        state, mu = step(flow_map, state, *at, generator)
+        state = state.pruned() if isinstance(state, Combination) else state
         if watch is not None:
-            watch(t, clamp_known(State(mu), tokens, known).x)
-    drawn = state.x.argmax(-1)
+            seen = clamp_known(State(mu if isinstance(mu, Tensor) else mu.x), tokens, known)
+            watch(t, seen.x)
+    drawn = state.x.argmax(-1) if isinstance(state, State) else _text(state)
     return drawn if tokens is None or known is None else torch.where(known, tokens, drawn)
 
 
-def _times_at(t: float, state: State, known: Tensor | None) -> Tensor:
+UNHELD_STEPS = 8  # a state that is not held is made again from all endpoints so far: the work grows as their square
+
+
+def _pure_noise(
+    flow_map: FlowMap, shape: tuple[int, int, int], steps: int, generator: torch.Generator | None, dtype: torch.dtype
+) -> AnyState:
+    """Where sampling starts: noise, not held if it exceeds a tile and few steps follow, or if only x W is ever seen."""
+    spread = flow_map.temperature**0.5
+    noise = flow_map.random_noise(shape[:2], generator, dtype)
+    if isinstance(noise, Tensor):
+        return State(noise * spread)
+    if not flow_map.denoiser.projects and steps > UNHELD_STEPS:
+        return State(noise.x * spread)
+    return Combination(((torch.full(shape[:2], spread, device=noise.sample.device), noise),), shape)
+
+
+def _text(state: Combination) -> Int[Tensor, "b l"]:
+    """The tokens at t = 1, where the endpoint or the draw that came last is all that is left at positions not known."""
+    last = state.terms[-1][1]
+    assert isinstance(last, OneHot | Endpoint)
+    return last.tokens if isinstance(last, OneHot) else likeliest(last)
+
+
+def _times_at(t: float, state: AnyState, known: Tensor | None) -> Tensor:
     """(B, 1) if no position is known, else (B, L) with 1 at known positions."""
-    batch = state.x.new_full((state.batch_size, 1), t)
+    like = state.x if isinstance(state, State) else state.terms[0][0]
+    batch = like.new_full((state.batch_size, 1), t)
     return batch if known is None else torch.where(known, 1.0, batch)

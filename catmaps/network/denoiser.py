@@ -1,28 +1,39 @@
 """The network as the mathematics sees it: encode a state, then logits for any of its positions."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from catmaps.network import tangent
 from catmaps.network.embedding import BeliefEmbedding, Conditioner, LinearEmbedding, distinct
 from catmaps.network.trunk import Trunk
+from catmaps.tiles import NUMBERS, Projection, Readout, Tile, over_tiles
 
 
 @runtime_checkable
-class DenseState(Protocol):
-    """What the embedding reads of the flow's state."""
+class NoisyText(Protocol):
+    """What the network asks of the flow's state: x whole, in tiles, or projected to its own width."""
+
+    if TYPE_CHECKING:  # a check at run time would ask for it, and asking makes it
+
+        @property
+        def x(self) -> Tensor: ...
 
     @property
-    def x(self) -> Tensor: ...
+    def shape(self) -> tuple[int, int, int]: ...
+    def cut(self, tile: Tile) -> "NoisyText": ...
+    def project(self, projection: Projection) -> Tensor: ...
 
 
 @runtime_checkable
 class Gain(Protocol):
+    def parameters(self) -> Iterator[nn.Parameter]: ...
     def __call__(self, s: Tensor, t: Tensor) -> Tensor: ...
     def tangent(self, s: Tensor, t: Tensor, ds: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -62,7 +73,7 @@ class FlowNetwork(nn.Module):
     """A denoiser: (state at s, s, t) -> logits of the endpoint mu_{s,t}.
 
     Times have shape (B, 1) or (B, L). `precision` is the dtype of matrix products (bf16 runs under autocast; softmax,
-    gains and logits' sums stay fp32).
+    gains and logits' sums stay fp32). `tile` is the size of a tile of vocabulary-sized work, in numbers.
 
     Args:
         config: Shape.
@@ -78,7 +89,7 @@ class FlowNetwork(nn.Module):
 
     def __init__(self, config: NetworkConfig, features: Features, gains: tuple[Gain, Gain], log_prior: Tensor) -> None:
         super().__init__()
-        self.config, self.precision = config, torch.float32
+        self.config, self.precision, self.tile = config, torch.float32, NUMBERS
         vocab_size, width = len(log_prior), config.width
         self.register_buffer("log_prior", log_prior.float())
         self.features, (self.gain_in, self.gain_out) = features, gains
@@ -97,23 +108,22 @@ class FlowNetwork(nn.Module):
         device = self.log_prior.device.type
         return torch.autocast(device, dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16)
 
-    def encode(self, state: DenseState, s: Float[Tensor, "b #l"], t: Float[Tensor, "b #l"]) -> Float[Tensor, "b l d"]:
+    def encode(self, state: NoisyText, s: Float[Tensor, "b #l"], t: Float[Tensor, "b #l"]) -> Float[Tensor, "b l d"]:
         """Hidden vectors of every position, (B, L, d)."""
         (s_k, t_k), index = distinct(s, t)
         phi_s, phi_t, gain = self.features(s_k), self.features(t_k), self.gain_in(s, t)
         with self._autocast():
             condition = self.conditioner(phi_s, phi_t)
-            x = self.embedding(state.x, gain, s, self.log_prior)
-            return self.trunk(x, condition, index)
+            return self.trunk(self._embed(state, gain, s), condition, index)
 
     def encode_with_tangent(
         self,
-        state: DenseState,
+        state: NoisyText,
         s: Float[Tensor, "b #l"],
         t: Float[Tensor, "b #l"],
         ds: Float[Tensor, "b #l"],
         dt: Float[Tensor, "b #l"],
-        dx: Float[Tensor, "b l v"] | None = None,
+        dx: NoisyText | None = None,
     ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b l d"]]:
         """`encode` and its derivative along (dx, ds, dt); dx = None means the state is held."""
         (s_k, t_k, ds_k, dt_k), index = distinct(s, t, ds, dt)
@@ -121,44 +131,96 @@ class FlowNetwork(nn.Module):
         gain = self.gain_in.tangent(s, t, ds, dt)
         with self._autocast():
             condition = self.conditioner.forward_with_tangent(phi_s, phi_t)
-            x = self.embedding.forward_with_tangent((state.x, dx), gain, (s, ds), self.log_prior)
+            x = self._embed_with_tangent((state, dx), gain, (s, ds))
             return self.trunk.forward_with_tangent(x, condition, index)
+
+    @property
+    def projects(self) -> bool:
+        """Whether x is seen through x W alone: then no state need hold or make x."""
+        return isinstance(self.embedding, LinearEmbedding) and self.embedding.projects and not self.config.skip
+
+    def _project(self, state: NoisyText) -> Tensor:
+        """x W; noise is drawn, in fp32, in the d dimensions that W sees where nothing else sees any."""
+        assert isinstance(self.embedding, LinearEmbedding)
+        weight = self.embedding.table.weight
+        if self.projects:
+            with torch.autocast(weight.device.type, enabled=False):
+                return state.project(self.embedding.projection(self.precision))
+        return over_tiles(lambda tile: F.linear(tile(state).x.to(weight.dtype), weight), *state.shape, self.tile)
+
+    def _embed(self, state: NoisyText, gain: Tensor, s: Tensor) -> Tensor:
+        if isinstance(self.embedding, LinearEmbedding):
+            return self.embedding(self._project(state), s)
+        embedding = self.embedding
+        return over_tiles(lambda tile: embedding(tile(state).x, tile(gain), self.log_prior), *state.shape, self.tile)
+
+    def _embed_with_tangent(
+        self, state: tuple[NoisyText, NoisyText | None], gain: tuple[Tensor, Tensor], s: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        x, dx = state
+        if isinstance(self.embedding, LinearEmbedding):
+            dz = None if dx is None else self._project(dx)
+            return self.embedding.forward_with_tangent((self._project(x), dz), s)
+        embedding = self.embedding
+
+        def work(tile: Tile) -> Tensor:
+            pair = (tile(x).x, None if dx is None else tile(dx).x)
+            return torch.cat(embedding.forward_with_tangent(pair, (tile(gain[0]), tile(gain[1])), self.log_prior), -1)
+
+        y, dy = over_tiles(work, *x.shape, self.tile).chunk(2, -1)
+        return y, dy
+
+    def readout(
+        self, hidden: Float[Tensor, "b l d"], state: NoisyText, s: Float[Tensor, "b #l"], t: Float[Tensor, "b #l"]
+    ) -> Readout:
+        """What the endpoint's logits are made of; position by position."""
+        with self._autocast():
+            context = self.head(hidden)
+        if self.config.skip:
+            return Readout(context, self.log_prior, self.gain_out(s, t), state.x)
+        return Readout(context, self.log_prior)
 
     def logits(
         self,
         hidden: Float[Tensor, "b l d"],
-        state: DenseState,
+        state: NoisyText,
         s: Float[Tensor, "b #l"],
         t: Float[Tensor, "b #l"],
     ) -> Float[Tensor, "b l v"]:
         """Logits of the endpoint, fp32 (fp64 for fp64 states): context + log prior + gain x."""
-        with self._autocast():
-            context = self.head(hidden)
-        logits = context.to(state.x.dtype) + self.log_prior
-        return logits + self.gain_out(s, t)[..., None] * state.x if self.config.skip else logits
+        return self.readout(hidden, state, s, t).logits()
 
     def logits_with_tangent(
         self,
         hidden: tuple[Float[Tensor, "b l d"], Float[Tensor, "b l d"]],
-        state: DenseState,
+        state: NoisyText,
         times: tuple[Tensor, Tensor, Tensor, Tensor],
-        dx: Float[Tensor, "b l v"] | None = None,
+        dx: NoisyText | None = None,
     ) -> tuple[Float[Tensor, "b l v"], Float[Tensor, "b l v"]]:
         """`logits` and its derivative; `times` = (s, t, ds, dt)."""
         with self._autocast():
             context, dcontext = tangent.linear(self.head, *hidden)
-        logits, dlogits = context.to(state.x.dtype) + self.log_prior, dcontext.to(state.x.dtype)
+        wide = _at_least_single(context.dtype)
+        logits, dlogits = context.to(wide) + self.log_prior, dcontext.to(wide)
         if self.config.skip:
             gain, dgain = (g[..., None] for g in self.gain_out.tangent(*times))
             logits, dlogits = logits + gain * state.x, dlogits + dgain * state.x
-            dlogits = dlogits if dx is None else dlogits + gain * dx
+            dlogits = dlogits if dx is None else dlogits + gain * dx.x
         return logits, dlogits
+
+    def readout_parameters(self) -> list[Tensor]:
+        """What `logits` depends on besides its arguments."""
+        return [self.head.weight, *(self.gain_out.parameters() if self.config.skip else ())]
 
     def num_parameters(self) -> tuple[int, int]:
         """(body, vocabulary): parameters outside and inside the two vocabulary tables."""
         total = sum(p.numel() for p in self.parameters())
         vocabulary = self.embedding.table.weight.numel() + self.head.weight.numel()
         return total - vocabulary, vocabulary
+
+
+def _at_least_single(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def smoothed_log_prior(counts: Float[Tensor, "v"]) -> Float[Tensor, "v"]:

@@ -1,9 +1,11 @@
-"""How noisy text enters the trunk. Both embeddings map x (B, L, V) to (B, L, d).
+"""How noisy text enters the trunk: (B, L, V) to (B, L, d), or a tile of it.
 
 `belief` embeds what the position's own noise says about its token, softmax(log prior + gain x), through a table: the
 trunk sees a mixture of token vectors whatever V is. `linear` is the design of the published models, x W: when V exceeds
 d the trunk sees only d of the V noise dimensions (docs/maths.md (a)).
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from catmaps.network import tangent
+from catmaps.tiles import Projection, fused
+
+JITTER = 1e-6  # of the mean of the Gram matrix' diagonal: keeps its factor finite, far below fp32's own error in it
+
+
+@fused
+def _belief(x: Tensor, gain: Tensor, log_prior: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the dtype of the product that follows: written out once, in half the bytes."""
+    return (log_prior + gain[..., None] * x).softmax(-1).to(dtype)
 
 
 class BeliefEmbedding(nn.Module):
@@ -28,20 +39,18 @@ class BeliefEmbedding(nn.Module):
         self,
         x: Float[Tensor, "b l v"],
         gain: Float[Tensor, "b #l"],
-        s: Float[Tensor, "b #l"],
-        log_prior: Tensor,
+        log_prior: Float[Tensor, "v"],
     ) -> Float[Tensor, "b l d"]:
-        del s
-        return self.table((log_prior + gain[..., None] * x).softmax(-1))
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return self.table(_belief(x, gain, log_prior, dtype))
 
     def forward_with_tangent(
         self,
         x: tuple[Tensor, Tensor | None],
         gain: tuple[Tensor, Tensor],
-        s: tuple[Tensor, Tensor],
         log_prior: Tensor,
     ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b l d"]]:
-        del s
         dz = gain[1][..., None] * x[0]
         if x[1] is not None:
             dz = dz + gain[0][..., None] * x[1]
@@ -55,39 +64,73 @@ class LinearEmbedding(nn.Module):
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__()
         self.table = nn.Linear(vocab_size, width, bias=False)
+        self._known: tuple[int, Tensor] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.table.weight, std=self.table.in_features**-0.5)
 
-    def _rms(self, s: Tensor) -> Tensor:
+    @property
+    def projects(self) -> bool:
+        """Whether x W has fewer dimensions than x: noise is then drawn in these d alone."""
+        return self.table.in_features > self.table.out_features
+
+    def projection(self, precision: torch.dtype) -> Projection:
+        """W and its factor: made anew while W learns, else once for every change of W."""
+        weight = self.table.weight
+        if weight.requires_grad and torch.is_grad_enabled():
+            return Projection(weight, cholesky_factor(weight, precision), precision)
+        if self._known is None or self._known[0] != weight._version:
+            with torch.no_grad():
+                self._known = (weight._version, cholesky_factor(weight))
+        return Projection(weight.detach(), self._known[1], precision)
+
+    def rms(self, s: Tensor) -> Tensor:
         return ((1 - s).square() + s.square() / self.table.in_features).sqrt()[..., None]
 
-    def forward(
-        self,
-        x: Float[Tensor, "b l v"],
-        gain: Float[Tensor, "b #l"],
-        s: Float[Tensor, "b #l"],
-        log_prior: Tensor,
-    ) -> Float[Tensor, "b l d"]:
-        del gain, log_prior
-        return self.table(x / self._rms(s))
+    def forward(self, projected: Float[Tensor, "b l d"], s: Float[Tensor, "b #l"]) -> Float[Tensor, "b l d"]:
+        """From x W."""
+        return projected / self.rms(s)
 
     def forward_with_tangent(
-        self,
-        x: tuple[Tensor, Tensor | None],
-        gain: tuple[Tensor, Tensor],
-        s: tuple[Tensor, Tensor],
-        log_prior: Tensor,
+        self, projected: tuple[Tensor, Tensor | None], s: tuple[Tensor, Tensor]
     ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b l d"]]:
-        del gain, log_prior
-        rms = self._rms(s[0])
-        y = x[0] / rms
+        """From x W and dx W."""
+        rms = self.rms(s[0])
+        y = projected[0] / rms
         drms = ((s[0] / self.table.in_features - (1 - s[0])) * s[1])[..., None] / rms
         dy = -y * drms / rms
-        if x[1] is not None:
-            dy = dy + x[1] / rms
-        return tangent.linear(self.table, y, dy)
+        return y, dy if projected[1] is None else dy + projected[1] / rms
+
+
+class _Gram(torch.autograd.Function):
+    """W' W. Its gradient is symmetric by use, which halves the work of the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, precision: torch.dtype) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.precision = precision if weight.dtype == torch.float32 else weight.dtype
+        return weight @ weight.mT
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        # In the precision of the layer's other gradients, where the run has bf16: the factor itself never has.
+        both = upstream[0] + upstream[0].mT
+        return (both.to(ctx.precision) @ weight.to(ctx.precision)).to(weight.dtype), None
+
+
+def cholesky_factor(weight: Float[Tensor, "d v"], precision: torch.dtype = torch.float32) -> Float[Tensor, "d d"]:
+    """Lower C with C C' = W' W: n C' has the law of x_0 W for standard normal n (d) and x_0 (V).
+
+    In fp32 whatever the precision of the run, which the gradient's large product is in. The gradient reaches W with
+    about a fortieth of the variance of that of drawn x_0 W (docs/maths.md (a)).
+    """
+    with torch.autocast(weight.device.type, enabled=False):
+        gram = _Gram.apply(weight, precision)
+        assert isinstance(gram, Tensor)
+        floor = JITTER * gram.detach().diagonal().mean()
+        return torch.linalg.cholesky(gram + floor * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
 
 
 class Conditioner(nn.Module):

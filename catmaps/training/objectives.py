@@ -10,7 +10,6 @@ from catmaps.baselines.draws import counter_draws
 from catmaps.baselines.families import FAMILIES
 from catmaps.config import Config
 from catmaps.flow.flow_map import FlowMap
-from catmaps.flow.interpolant import counter_noise
 from catmaps.flow.likelihood import Bound, nelbo
 from catmaps.flow.objective import BatchLoss, Plan, batch_loss, plan
 from catmaps.flow.times import Law, stratified
@@ -57,7 +56,7 @@ class FlowBatch:
 
     def loss(self, tokens: Int[Tensor, "b l"], index: Int[Tensor, "b"]) -> BatchLoss:
         flow_map, device = self.objective.flow_map, tokens.device
-        noise = counter_noise(self.key, index.numpy(), tokens.shape[1], flow_map.denoiser.vocab_size).to(device)
+        noise = flow_map.noise(self.key, index.to(device), tokens.shape[1])
         rows, config = self.whole.rows(index, device), self.objective.config.objective
         return batch_loss(flow_map, self.objective.teacher, config, tokens, noise, rows, self.noisy.sum().item())
 

@@ -10,14 +10,15 @@ from catmaps.network.trunk import Block
 
 
 def build_optimisers(network: Network, config: OptimiserConfig) -> list[Optimizer]:
-    """One or two optimisers that hold every parameter exactly once.
+    """One or two optimisers that hold every parameter that learns exactly once.
 
     Muon takes the matrices of the blocks' projections; AdamW everything else. Weights that are not matrices, and the
     small functions of time, are not decayed.
     """
     muon = _block_matrices(network) if config.name == "muon" else []
     taken = {id(p) for p in muon}
-    named = [(name, p) for name, p in network.named_parameters() if id(p) not in taken]
+    learning = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    named = [(name, p) for name, p in learning if id(p) not in taken]
     plain = {id(p) for name, p in named if p.ndim < 2 or name.startswith("gain_")}
     groups = [
         {"params": [p for _, p in named if id(p) not in plain], "weight_decay": config.weight_decay},
@@ -31,7 +32,7 @@ def build_optimisers(network: Network, config: OptimiserConfig) -> list[Optimize
         for group in optimiser.param_groups:
             group["initial_lr"] = group["lr"]
     held = [id(p) for o in optimisers for g in o.param_groups for p in g["params"]]
-    assert len(held) == len(set(held)) == len(list(network.parameters()))
+    assert len(held) == len(set(held)) == len(learning)
     return optimisers
 
 

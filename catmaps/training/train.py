@@ -17,10 +17,10 @@ from catmaps.model import (
     CLOCK,
     CONFIG,
     MODEL,
-    PRECISION,
     TEACHER,
     best_device,
     compile_blocks,
+    configure,
     load_run,
     load_weights,
     network_of,
@@ -29,7 +29,7 @@ from catmaps.model import (
     starting_law,
     write_law,
 )
-from catmaps.network.denoiser import smoothed_log_prior
+from catmaps.network.denoiser import FlowNetwork, smoothed_log_prior
 from catmaps.network.tokens import Network
 from catmaps.text import tokenizers
 from catmaps.text.build import ensure_embedded
@@ -114,12 +114,15 @@ def _networks(config: Config, folder: Path, shards: Path) -> tuple[Network, Netw
         teacher = network_of(config, log_prior)
         load_weights(teacher, folder / TEACHER)
         network.load_state_dict(teacher.state_dict())
+        if isinstance(network, FlowNetwork) and network.projects:
+            # Noise is drawn as the input table sees it: student and teacher must look through the same one.
+            network.embedding.table.weight.requires_grad_(False)
     average.load_state_dict(network.state_dict())
     for net in (network, average, teacher):
         if net is None:
             continue
         net.to(best_device())
-        net.precision = PRECISION[config.training.precision]
+        configure(net, config.training)
         if config.training.compile:
             compile_blocks(net)
     return network, average, teacher

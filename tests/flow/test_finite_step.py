@@ -78,7 +78,7 @@ def test_taking_off_the_noise_of_first_order_changes_no_mean() -> None:
         onehot = torch.nn.functional.one_hot(tokens, 3)
         d = size * onehot + math.sqrt(size) * noise
         plain = -(log_mu + d - d.gather(-1, tokens[..., None])).logsumexp(-1)
-        ours = step_cost(log_mu, tokens, increment, noise)
+        ours = step_cost(log_mu, tokens, increment[:, None], noise)
         error = (plain - ours).std(0) / math.sqrt(len(tokens))
         assert bool(((plain - ours).mean(0).abs() < 4 * error + 1e-9).all())
         assert bool((plain.std(0) > gain * ours.std(0)).all())
@@ -89,9 +89,9 @@ def test_an_infinite_step_costs_the_cross_entropy() -> None:
     tokens = torch.randint(3, (5, 2), generator=seeded(10))
     noise = torch.randn(5, 2, 3, generator=seeded(11), dtype=F64)
     expected = -log_mu.gather(-1, tokens[..., None])[..., 0]
-    last = step_cost(log_mu, tokens, torch.full((5,), math.inf, dtype=F64), noise)
+    last = step_cost(log_mu, tokens, torch.full((5, 1), math.inf, dtype=F64), noise)
     torch.testing.assert_close(last, expected)
-    far = step_cost(log_mu, tokens, torch.full((5,), 1e4, dtype=F64), noise)
+    far = step_cost(log_mu, tokens, torch.full((5, 1), 1e4, dtype=F64), noise)
     torch.testing.assert_close(far, expected)
 
 

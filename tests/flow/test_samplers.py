@@ -90,6 +90,7 @@ def test_renoise_to_the_same_time_is_the_identity() -> None:
 def test_renoise_step_keeps_the_marginal() -> None:
     state = path_state(JOINT, N, 0.2, seed=5)
     moved, _ = renoise_step(EXACT, state, *times_like(state, 0.2, 0.6), seeded(6))
+    assert isinstance(moved, State)
     check_path_moments(moved, 0.6)
 
 
@@ -98,6 +99,7 @@ def test_localisation_keeps_the_marginal_on_the_way() -> None:
     times = torch.linspace(0, 0.65, 40).tolist()
     for s, t in itertools.pairwise(times):
         state, _ = localisation(DIAGONAL, state, *times_like(state, s, t), generator)
+        assert isinstance(state, State)
     check_path_moments(state, 0.65)
 
 
@@ -176,6 +178,7 @@ def test_no_step_moves_a_clean_position(name: str) -> None:
         state, endpoint = SAMPLERS[name](flow_map, state, before, after, generator)
         torch.testing.assert_close(state.x[known], start[known], rtol=0, atol=0)
         assert bool((state.x[~known] != old[~known]).any())
+        assert isinstance(endpoint, Tensor)
         torch.testing.assert_close(endpoint.sum(-1), torch.ones(16, 3, dtype=torch.float64))
     assert bool(torch.isfinite(state.x).all())
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from catmaps.flow import times
-from catmaps.flow.interpolant import counter_noise, interpolate
+from catmaps.flow.interpolant import interpolate
+from catmaps.flow.noise import Noise
 from catmaps.flow.times import Law
 
 F64 = torch.float64
@@ -82,7 +83,7 @@ def test_known_quantiles_of_the_clock(vocab_size: int, quantiles: dict[float, fl
 def test_clock_counts_decoding_errors_of_the_path() -> None:
     n, vocab_size = 20_000, 27
     tokens = torch.arange(n)[:, None] % vocab_size
-    noise = counter_noise((0, 0), np.arange(n), 1, vocab_size)
+    noise = Noise.of((0, 0), torch.arange(n), 1, vocab_size).x
     for t in (0.4, 0.67):
         x = interpolate(tokens, noise, torch.full((n, 1), t)).x
         wrong = (x.argmax(-1) != tokens).double().mean().item()

@@ -124,7 +124,7 @@ def test_clean_positions_enter_as_their_tokens_row() -> None:
     tokens = torch.randint(V, (B, L), generator=torch.Generator().manual_seed(0))
     one = torch.ones(B, 1, dtype=F64)
     x = F.one_hot(tokens, V).double()
-    row = net.embedding(x, net.gain_in(one, one), one, net.log_prior)
+    row = net.embedding(x, net.gain_in(one, one), net.log_prior)
     torch.testing.assert_close(row, net.embedding.table.weight.T[tokens], rtol=0, atol=1e-12)
 
 

@@ -5,7 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from catmaps.network.embedding import BeliefEmbedding, Conditioner, LinearEmbedding, distinct
+from catmaps.network.embedding import (
+    JITTER,
+    BeliefEmbedding,
+    Conditioner,
+    LinearEmbedding,
+    cholesky_factor,
+    distinct,
+)
 
 # The first use of torch.func.jvp in a process makes torch load its own scripted decompositions.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -28,23 +35,54 @@ def inputs(times: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x, gain, s, torch.randn(V, generator=generator, dtype=F64).log_softmax(-1)
 
 
-@pytest.mark.parametrize("kind", [BeliefEmbedding, LinearEmbedding])
 @pytest.mark.parametrize("times", [1, L])
 @pytest.mark.parametrize("moves", [True, False])
-def test_tangent_of_both_embeddings(
-    kind: type[BeliefEmbedding] | type[LinearEmbedding], times: int, moves: bool
-) -> None:
-    embedding = kind(V, D)
+def test_tangent_of_the_belief(times: int, moves: bool) -> None:
+    embedding = BeliefEmbedding(V, D)
     randomise(embedding)
-    x, gain, s, log_prior = inputs(times)
-    dx, dgain, ds, _ = inputs(times, seed=1)
-    ours = embedding.forward_with_tangent((x, dx if moves else None), (gain, dgain), (s, ds), log_prior)
+    x, gain, _, log_prior = inputs(times)
+    dx, dgain, _, _ = inputs(times, seed=1)
+    ours = embedding.forward_with_tangent((x, dx if moves else None), (gain, dgain), log_prior)
     expected = torch.func.jvp(
-        lambda x, gain, s: embedding(x, gain, s, log_prior),
-        (x, gain, s),
-        (dx if moves else torch.zeros_like(x), dgain, ds),
+        lambda x, gain: embedding(x, gain, log_prior), (x, gain), (dx if moves else torch.zeros_like(x), dgain)
     )
     torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("times", [1, L])
+@pytest.mark.parametrize("moves", [True, False])
+def test_tangent_of_the_linear_input(times: int, moves: bool) -> None:
+    embedding = LinearEmbedding(V, D)
+    (x, _, s, _), (dx, _, ds, _) = inputs(times), inputs(times, seed=1)
+    z, dz = x[..., :D], dx[..., :D]
+    ours = embedding.forward_with_tangent((z, dz if moves else None), (s, ds))
+    expected = torch.func.jvp(embedding, (z, s), (dz if moves else torch.zeros_like(z), ds))
+    torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_factor_of_the_table_and_its_gradient() -> None:
+    weight = torch.randn(4, 30, generator=torch.Generator().manual_seed(2), dtype=F64, requires_grad=True)
+    factor = cholesky_factor(weight)
+    torch.testing.assert_close(factor @ factor.mT, weight @ weight.mT, rtol=1e-5, atol=1e-4)
+    assert torch.equal(factor.tril(), factor)
+
+    def plain(weight: Tensor) -> Tensor:
+        gram = weight @ weight.mT
+        jitter = JITTER * gram.detach().diagonal().mean() * torch.eye(4, dtype=F64)
+        return torch.linalg.cholesky(gram + jitter)
+
+    direction = torch.randn(4, 4, generator=torch.Generator().manual_seed(3), dtype=F64)
+    (ours,) = torch.autograd.grad((factor * direction).sum(), weight)
+    (expected,) = torch.autograd.grad((plain(weight) * direction).sum(), weight)
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_factor_is_kept_until_its_table_changes() -> None:
+    embedding = LinearEmbedding(30, 4).requires_grad_(False)
+    first = embedding.projection(torch.float32).factor
+    assert embedding.projection(torch.float32).factor is first
+    embedding.table.weight.mul_(2)
+    torch.testing.assert_close(embedding.projection(torch.float32).factor, 2 * first)
 
 
 def test_belief_at_a_clean_position_is_the_tokens_row() -> None:
@@ -53,15 +91,15 @@ def test_belief_at_a_clean_position_is_the_tokens_row() -> None:
     x = F.one_hot(tokens, V).float()
     gain = torch.full((1, 1), 0.95 / 0.05**2)
     log_prior = torch.linspace(-12, 0, V).log_softmax(-1)
-    rows = embedding(x, gain, torch.ones(1, 1), log_prior)
+    rows = embedding(x, gain, log_prior)
     torch.testing.assert_close(rows, embedding.table.weight.T[None], rtol=0, atol=1e-6)
 
 
 def test_belief_without_evidence_is_the_prior() -> None:
     torch.manual_seed(0)
     embedding = BeliefEmbedding(V, D).double()
-    x, _, s, log_prior = inputs(1)
-    out = embedding(x, torch.zeros(B, 1, dtype=F64), s, log_prior)
+    x, _, _, log_prior = inputs(1)
+    out = embedding(x, torch.zeros(B, 1, dtype=F64), log_prior)
     expected = embedding.table(log_prior.exp()).expand(B, L, D)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
@@ -73,7 +111,7 @@ def test_linear_input_has_unit_root_mean_square_at_every_time(s: float) -> None:
     embedding.table.weight.data.copy_(torch.eye(vocab_size))
     noise = torch.randn(1, n, vocab_size, generator=torch.Generator().manual_seed(0))
     x = (1 - s) * noise + s * F.one_hot(torch.arange(n) % vocab_size, vocab_size)
-    out = embedding(x, torch.zeros(1, 1), torch.full((1, 1), s), torch.zeros(vocab_size))
+    out = embedding(embedding.table(x), torch.full((1, 1), s))
     assert out.square().mean().sqrt().item() == pytest.approx(1, abs=0.01)
 
 

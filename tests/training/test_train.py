@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -103,6 +104,39 @@ def test_micro_batches_do_not_matter(kind: str, tmp_path: Path, shards: Path, ba
     np.testing.assert_allclose(losses(runs[4]), losses(runs[16]), rtol=1e-5)
     clocks = [state(runs[size], 10)["clock.sums"] for size in (4, 16)]
     torch.testing.assert_close(*clocks, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["psd", "lsd", "esd", "ecld"])
+def test_linear_input_is_distilled_through_its_teachers_table(tmp_path: Path, shards: Path, loss: str) -> None:
+    plain = tiny(shards, steps=4)
+    linear = replace(plain, network=replace(plain.network, input="linear", skip=False))
+    base = trained(linear, tmp_path / "base")
+    runs = {}
+    for size in (4, 16):
+        config = distilled(base, replace(linear, training=replace(linear.training, micro_batch=size)), loss)
+        runs[size] = trained(config, tmp_path / str(size))
+    np.testing.assert_allclose(losses(runs[4]), losses(runs[16]), rtol=2e-5, atol=3e-8)
+    table = "embedding.table.weight"
+    assert torch.equal(weights(runs[4])[table], weights(base)[table])
+    assert abs(rows(runs[4])[0]["loss_diagonal"]) < 1e-6  # KL of the base to itself: both see the same noise
+    assert not torch.equal(weights(runs[4])["head.weight"], weights(base)["head.weight"])
+
+
+@pytest.mark.parametrize("kind", ["base", "psd"])
+@pytest.mark.parametrize("mode", ["belief", "linear"])
+def test_tiles_do_not_change_a_training(
+    tmp_path: Path, shards: Path, kind: str, mode: Literal["belief", "linear"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = tiny(shards, steps=4)
+    config = replace(plain, network=replace(plain.network, input=mode, skip=mode == "belief"))
+    folders = {}
+    for name in ("whole", "tiled"):
+        if name == "tiled":
+            monkeypatch.setattr("catmaps.model.NUMBERS_PER_MEGABYTE", 8)  # a tile of 128 "megabytes": 37 positions
+        folders[name] = trained(config, tmp_path / f"{name}-base")
+        if kind == "psd":
+            folders[name] = trained(distilled(folders[name], config), tmp_path / name)
+    np.testing.assert_allclose(losses(folders["tiled"]), losses(folders["whole"]), rtol=1e-4, atol=3e-8)
 
 
 def test_distillation_starts_from_exactly_its_base(tmp_path: Path, shards: Path, base_run: Path) -> None:

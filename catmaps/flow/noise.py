@@ -1,0 +1,130 @@
+"""Standard normal noise as a pure function of counters: nothing is stored, any part is made again when it is needed.
+
+A number depends on (seed, step), the global index of its sample, its position and its token only, by Philox4x32-10 and
+the Box-Muller transform, on every device alike (up to the last bits of its log and cos).
+
+Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox).
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from catmaps.tiles import Projection, Tile, fused
+
+LOW = 0xFFFFFFFF
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
+Key = tuple[int, int]
+
+
+def philox(counter: Words, key: tuple[Tensor, Tensor], rounds: int = 10) -> Words:
+    """Four random 32-bit words for each counter of four such words, under a key of two; all in int64."""
+    a, b, c, d = counter
+    k, m = key
+    for _ in range(rounds):
+        first, second = (
+            a * MULTIPLIERS[0],
+            c * MULTIPLIERS[1],
+        )  # 64 bits that wrap; masked, they are right
+        a, b, c, d = (second >> 32 & LOW) ^ b ^ k, second & LOW, (first >> 32 & LOW) ^ d ^ m, first & LOW
+        k, m = (k + WEYL[0]) & LOW, (m + WEYL[1]) & LOW
+    return a, b, c, d
+
+
+def _box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    radius = torch.sqrt(-2 * torch.log((a.float() + 0.5) * 2.0**-32).clamp_max(0))
+    angle = b.float() * (2 * math.pi * 2.0**-32)
+    return radius * torch.cos(angle), radius * torch.sin(angle)
+
+
+@fused
+def _normals(sample: Tensor, position: Tensor, quad: Tensor, key: Tensor) -> Tensor:
+    place = position | (sample >> 32 & 0xFFF) << 20
+    counter = torch.broadcast_tensors(quad, place[..., None], sample[..., None] & LOW, key[2])
+    words = philox(counter, (key[0], key[1]))
+    four = (*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3]))
+    return torch.cat(four, -1)
+
+
+def normals(
+    key: Key, sample: Int[Tensor, "b l"], position: Int[Tensor, "b l"], size: int, stream: int = 0
+) -> Float[Tensor, "b l {size}"]:
+    """`size` standard normal numbers, fp32, for each (sample, position), on their device.
+
+    Args:
+        key: (seed, step), non-negative.
+        sample: Global index of a sample, below 2^44.
+        position: Place in its text, below 2^20.
+        size: How many; numbers of another size are others.
+        stream: Tells apart what one position needs several of, below 65,536.
+    """
+    seed, step = key
+    words = torch.tensor([seed & LOW, step & LOW, (seed >> 32 & 0xFFFF) << 16 | stream], device=sample.device)
+    quad = torch.arange(-(-size // 4), device=sample.device)
+    return _normals(sample, position, quad, words)[..., :size]
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """x_0 ~ N(0, I_V) at every position, made when asked for."""
+
+    key: Key
+    sample: Int[Tensor, "b l"]
+    position: Int[Tensor, "b l"]
+    vocab_size: int
+    stream: int = 0
+    sign: int = 1
+
+    @classmethod
+    def of(cls, key: Key, sample: Int[Tensor, "b"], length: int, vocab_size: int, stream: int = 0) -> "Noise":
+        """The noise of whole texts with these global indices."""
+        place = torch.arange(length, device=sample.device).expand(len(sample), -1)
+        return cls(key, sample[:, None].expand(-1, length), place, vocab_size, stream)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        batch, length = self.sample.shape
+        return batch, length, self.vocab_size
+
+    def __getitem__(self, rows: slice | Tensor) -> "Noise":
+        """The noise of some sequences of the batch."""
+        return replace(self, sample=self.sample[rows], position=self.position[rows])
+
+    @property
+    def x(self) -> Float[Tensor, "b l v"]:
+        """Drawn anew each time: the caller may overwrite it."""
+        return self._normals(self.vocab_size)
+
+    def __neg__(self) -> "Noise":
+        return replace(self, sign=-self.sign)
+
+    def _normals(self, size: int) -> Tensor:
+        drawn = normals(self.key, self.sample, self.position, size, self.stream)
+        return drawn if self.sign > 0 else -drawn
+
+    def cut(self, tile: Tile) -> "Noise":
+        return replace(self, sample=tile(self.sample), position=tile(self.position))
+
+    def project(self, projection: Projection) -> Float[Tensor, "b l d"]:
+        """x_0 W in law, from d numbers a position: n C' ~ N(0, W' W), and nothing but x_0 W is ever seen.
+
+        Not the projection of this very `x`; where both are looked at, project that.
+        """
+        return self._normals(projection.factor.shape[0]) @ projection.factor.mT
+
+
+def random_key(generator: torch.Generator | None) -> Key:
+    """A key from a generator; the global one if None."""
+    device = generator.device if generator is not None else None
+    first, second = torch.randint(2**32, (2,), generator=generator, device=device).tolist()
+    return first, second

@@ -1,0 +1,83 @@
+"""Weighted sums of losses over tiles: the backward pass of a tile is done with its forward, so that no tile is kept."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from catmaps.flow.flow_map import Endpoint, MovingEndpoint
+from catmaps.tiles import Tile, split
+
+
+class TokenLoss(NamedTuple):
+    """A loss to differentiate (nats) and what it was at every position, detached."""
+
+    total: Float[Tensor, ""]
+    values: Float[Tensor, "b l"]
+    squared_error: Float[Tensor, "b l"] | None = None
+    """||e - mu||^2 where the loss knows the token: the integrand of the likelihood bound (14)."""
+
+
+Work = Callable[[Any, Tile], tuple[Tensor, Tensor | None]]
+"""(the learning endpoint's cut, the tile) -> values of its positions, and their squared errors if they are known."""
+
+
+def weighted_sum(work: Work, learner: Endpoint | MovingEndpoint, weight: Float[Tensor, "b l"]) -> TokenLoss:
+    """The sum of weight x value over all positions, tile by tile.
+
+    Args:
+        work: The loss of a tile. Whatever it looks at besides the learner has no gradient.
+        learner: The endpoint that learns.
+        weight: 0 where a position does not count; its NaN or infinity is then not brought along.
+    """
+    tiles = list(split(*learner.shape, learner.flow_map.denoiser.tile))
+    if len(tiles) == 1:
+        values, errors = work(learner, tiles[0])
+        return TokenLoss(_total(values, weight), values.detach(), errors)
+    leaf, made_of, leaves = learner.leaf()
+    read = learner.flow_map.denoiser.readout_parameters()
+    sources = [x for x in (*made_of, *read) if x.requires_grad] if torch.is_grad_enabled() else []
+    targets = [x for x in (*leaves, *read) if x.requires_grad]
+    gradients: list[Tensor | None] = [None] * len(sources)
+    total, parts = weight.new_zeros(()), []
+    for tile in tiles:
+        values, errors = work(tile(leaf), tile)
+        share = _total(values, tile(weight))
+        if sources:
+            parts_ = torch.autograd.grad(share, targets, allow_unused=True)
+            gradients = [
+                b if a is None else a if b is None else a.add_(b) for a, b in zip(gradients, parts_, strict=True)
+            ]
+        total = total + share.detach()
+        parts.append((values.detach(), errors))
+    values = torch.cat([values for values, _ in parts], 1).view(weight.shape)
+    known = [errors for _, errors in parts if errors is not None]
+    errors = torch.cat(known, 1).view(weight.shape) if known else None
+    return TokenLoss(_Replay.apply(total, gradients, *sources) if sources else total, values, errors)
+
+
+def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    if total is None or part is None:
+        return part if total is None else total
+    return total.add_(part)
+
+
+def _total(values: Tensor, weight: Tensor) -> Tensor:
+    # A position without weight must not bring its NaN or infinity along: 0 * inf is NaN.
+    return torch.where(weight > 0, values * weight, torch.zeros_like(values)).sum()
+
+
+class _Replay(torch.autograd.Function):
+    """A number whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, gradients: list[Tensor | None], *sources: Tensor) -> Tensor:
+        del sources
+        ctx.gradients = gradients
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, *(None if g is None else upstream[0] * g for g in ctx.gradients))

@@ -1,0 +1,235 @@
+"""Tiles change nothing: losses, gradients, states and trajectories are those of the whole, for any size of a tile."""
+
+import itertools
+from typing import Literal
+
+import pytest
+import torch
+from oracle import seeded
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from catmaps.flow.finite_step import finite_step_bound, step_costs
+from catmaps.flow.flow_map import FlowMap
+from catmaps.flow.interpolant import Combination, OneHot, advance, interpolate, move, renoise
+from catmaps.flow.likelihood import nelbo
+from catmaps.flow.losses import OFF_DIAGONAL, anchor, endpoint_cross_entropy, soft_cross_entropy
+from catmaps.flow.noise import Noise
+from catmaps.flow.reduction import TokenLoss
+from catmaps.flow.samplers import SAMPLERS, sample
+from catmaps.flow.times import Pair, grid, uniform, warp
+from catmaps.model import build_network
+from catmaps.network.denoiser import FlowNetwork, NetworkConfig
+from catmaps.tiles import Tile, split
+
+B, L, V, D = 3, 5, 48, 16
+Mode = Literal["belief", "linear"]
+MODES: list[tuple[Mode, bool]] = [("belief", True), ("belief", False), ("linear", False), ("linear", True)]
+LOSSES = ["endpoint", "soft", "anchor", *OFF_DIAGONAL]
+
+
+def network(mode: Mode, skip: bool, seed: int = 0, tile: int = 10**9) -> FlowNetwork:
+    torch.manual_seed(seed)
+    config = NetworkConfig(width=D, blocks=2, heads=2, conditioning=8, input=mode, skip=skip)
+    net = build_network(config, torch.randn(V, generator=seeded(1)).log_softmax(-1))
+    for parameter in net.parameters():
+        parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=seeded(seed + 2)))
+    net.tile = tile
+    return net
+
+
+def times() -> Pair:
+    """Rows with and without a clean prefix."""
+    s, t = torch.rand(2, B, 1, generator=seeded(5)).sort(0).values * 0.9
+    known = torch.arange(L) < torch.tensor([[0], [2], [0]])
+    s, u, t = (torch.where(known, 1.0, time) for time in (s, (s + t) / 2, t))
+    return Pair(s, u, t)
+
+
+def loss_of(name: str, net: FlowNetwork, teacher: FlowNetwork, held: bool) -> TokenLoss:
+    tokens = torch.randint(V, (B, L), generator=seeded(3))
+    noise, pair = Noise.of((7, 8), torch.arange(B), L, V), times()
+    weight = (pair.s < 1).float() / 11
+    state = interpolate(tokens, noise.x if held else noise, pair.s)
+    flow_map, guide = FlowMap(net), FlowMap(teacher)
+    if name == "endpoint":
+        return endpoint_cross_entropy(flow_map, state, pair.s, tokens, weight)
+    if name == "soft":
+        return soft_cross_entropy(flow_map, guide, state, pair.s, weight)
+    return (anchor if name == "anchor" else OFF_DIAGONAL[name])(flow_map, guide, state, pair, weight)
+
+
+def same_table(net: FlowNetwork, teacher: FlowNetwork) -> None:
+    """A projecting student looks at noise through its teacher's table."""
+    teacher.embedding.table.weight.data.copy_(net.embedding.table.weight)
+    net.embedding.table.weight.requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(("mode", "skip"), MODES)
+@pytest.mark.parametrize("tile", [1, 2 * V, 7 * V])
+def test_tiled_losses_and_gradients_are_those_of_the_whole(name: str, mode: Mode, skip: bool, tile: int) -> None:
+    # Where x is projected, noise that is held would be another draw: both sides then go without it.
+    held = mode == "belief" or skip
+    results = []
+    for numbers in (10**9, tile):
+        net, teacher = (network(mode, skip, seed, numbers) for seed in (0, 9))
+        teacher.requires_grad_(False)
+        if not held and name != "endpoint":
+            same_table(net, teacher)
+        loss = loss_of(name, net, teacher, held and numbers > tile)
+        (3 * loss.total).backward()
+        results.append((loss, {n: p.grad for n, p in net.named_parameters() if p.grad is not None}))
+    (whole, gradients), (tiled, parts) = results
+    torch.testing.assert_close(tiled.total, whole.total, rtol=2e-5, atol=1e-7)
+    torch.testing.assert_close(tiled.values, whole.values, rtol=2e-4, atol=1e-5)
+    assert (tiled.squared_error is None) == (whole.squared_error is None)
+    assert set(parts) == set(gradients)
+    for key, gradient in gradients.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(parts[key], gradient, rtol=1e-3, atol=2e-5 * scale + 1e-9, msg=key)
+
+
+def test_tiles_cover_every_position_once() -> None:
+    for batch, length, numbers in itertools.product((1, 3), (1, 4, 7), (1, 13, 50, 10**6)):
+        tiles = list(split(batch, length, 10, numbers))
+        value = torch.arange(batch * length).view(batch, length)
+        assert torch.cat([tile(value).flatten() for tile in tiles]).tolist() == list(range(batch * length))
+        assert all((tile.stop - tile.start) * 10 <= max(numbers, 10) for tile in tiles)
+
+
+def test_combinations_are_the_states_that_they_stand_for() -> None:
+    tokens, noise = torch.randint(V, (B, L), generator=seeded(3)), Noise.of((1, 2), torch.arange(B), L, V)
+    s, t = times().s, torch.rand(B, L, generator=seeded(4))
+    other, ends = Noise.of((1, 3), torch.arange(B), L, V), torch.rand(B, L, V, generator=seeded(6))
+    gamma = torch.rand(B, 1, generator=seeded(8))
+    dense, lazy = interpolate(tokens, noise.x, s), interpolate(tokens, noise, s)
+    assert isinstance(lazy, Combination)
+    pairs = [
+        (dense, lazy),
+        (advance(dense, ends, gamma), advance(lazy, ends, gamma)),
+        (move(dense, ends, gamma), move(lazy, ends, gamma)),
+        (renoise(dense, s, s * t, other.x), renoise(lazy, s, s * t, other)),
+    ]
+    for held, made in pairs:
+        torch.testing.assert_close(made.x, held.x, rtol=1e-5, atol=1e-6)
+        for tile in split(B, L, V, 4 * V):
+            torch.testing.assert_close(made.cut(tile).x, held.cut(tile).x, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(OneHot(tokens, V).x.argmax(-1), tokens)
+
+
+class Widest(TorchDispatchMode):
+    """Counts the numbers of the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # pyright: ignore  # noqa: ANN001, ANN204
+        made = func(*args, **(kwargs or {}))
+        for value in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(value, Tensor):
+                storage = value.untyped_storage().size() // max(1, value.element_size())
+                self.numbers = max(self.numbers, storage)
+        return made
+
+
+def biggest(work: object, *args: object) -> int:
+    with Widest() as seen:
+        assert callable(work)
+        work(*args)
+    return seen.numbers
+
+
+WIDE, MANY = 4000, 24  # vocabulary, positions of a text: two texts make 192,000 numbers
+
+
+def wide_network(mode: Mode) -> FlowNetwork:
+    torch.manual_seed(0)
+    config = NetworkConfig(width=16, blocks=1, heads=2, conditioning=8, input=mode, skip=mode == "belief")
+    net = build_network(config, torch.zeros(WIDE).log_softmax(-1))
+    net.tile = 6 * WIDE
+    return net
+
+
+@pytest.mark.parametrize("mode", ["belief", "linear"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_loss_makes_a_vocabulary_sized_tensor_of_the_whole_batch(mode: Mode, name: str) -> None:
+    net, teacher = wide_network(mode), wide_network(mode).requires_grad_(False)
+    if mode == "linear" and name != "endpoint":
+        same_table(net, teacher)
+    tokens = torch.randint(WIDE, (2, MANY), generator=seeded(3))
+    noise = FlowMap(net).noise((1, 2), torch.arange(2), MANY)
+    s, u, t = (torch.full((2, 1), time) for time in (0.2, 0.4, 0.6))
+    weight = torch.full((2, MANY), 0.1)
+
+    def step() -> None:
+        state = interpolate(tokens, noise, s)
+        flow_map, guide = FlowMap(net), FlowMap(teacher)
+        if name == "endpoint":
+            loss = endpoint_cross_entropy(flow_map, state, s, tokens, weight)
+        elif name == "soft":
+            loss = soft_cross_entropy(flow_map, guide, state, s, weight)
+        else:
+            loss = (anchor if name == "anchor" else OFF_DIAGONAL[name])(flow_map, guide, state, Pair(s, u, t), weight)
+        loss.total.backward()
+
+    assert biggest(step) < 2 * MANY * WIDE
+
+
+@pytest.mark.parametrize("mode", ["belief", "linear"])
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_no_sampler_makes_a_vocabulary_sized_tensor_of_the_whole_batch(mode: Mode, name: str) -> None:
+    flow_map = FlowMap(wide_network(mode).requires_grad_(False))
+    times_ = torch.tensor([0.0, 0.4, 0.7, 1.0])
+
+    def draw() -> None:
+        tokens = sample(flow_map, SAMPLERS[name], times_, (2, MANY, WIDE), generator=seeded(1))
+        assert tokens.shape == (2, MANY)
+
+    assert biggest(draw) < 2 * MANY * WIDE
+
+
+@pytest.mark.parametrize("mode", ["belief", "linear"])
+def test_no_bound_makes_a_vocabulary_sized_tensor_of_the_whole_batch(mode: Mode) -> None:
+    flow_map, tokens, law = FlowMap(wide_network(mode)), torch.randint(WIDE, (2, MANY), generator=seeded(3)), uniform()
+    assert biggest(lambda: nelbo(flow_map, tokens, law, num_samples=4, generator=seeded(1))) < 2 * MANY * WIDE
+    times_ = torch.tensor([0.0, 0.5, 1.0])
+    assert biggest(lambda: finite_step_bound(flow_map, tokens, times_, generator=seeded(1))) < 2 * MANY * WIDE
+    assert biggest(lambda: step_costs(flow_map, tokens, times_, generator=seeded(1))) < 2 * MANY * WIDE
+
+
+@pytest.mark.parametrize(("mode", "skip"), MODES)
+def test_tiled_bounds_are_those_of_one_tile(mode: Mode, skip: bool) -> None:
+    tokens, known = torch.randint(V, (B, L), generator=seeded(3)), times().s == 1
+    bounds, costs = [], []
+    for numbers in (B * L * V - 1, 4 * V):
+        flow_map = FlowMap(network(mode, skip, tile=numbers))
+        given = {"known": known, "generator": seeded(2)}
+        bounds.append(nelbo(flow_map, tokens, uniform(), num_samples=4, **given))
+        bounds.append(finite_step_bound(flow_map, tokens, grid(warp(V), 3), **given))
+        costs.append(step_costs(flow_map, tokens, grid(warp(V), 3), **given))
+    for whole, tiled in zip(bounds[:2], bounds[2:], strict=True):
+        torch.testing.assert_close(tiled.per_token, whole.per_token, rtol=1e-4, atol=1e-4)
+        assert bool((whole.per_token[known] == 0).all())
+    torch.testing.assert_close(costs[1], costs[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
+@pytest.mark.parametrize(("mode", "skip"), MODES)
+def test_tiled_samples_are_those_of_one_tile(name: str, mode: Mode, skip: bool) -> None:
+    tokens, known = torch.randint(V, (B, L), generator=seeded(3)), times().s == 1
+    drawn = []
+    for numbers in (B * L * V - 1, 4 * V):
+        flow_map = FlowMap(network(mode, skip, tile=numbers).requires_grad_(False))
+        given = {"tokens": tokens, "known": known, "generator": seeded(2)}
+        drawn.append(sample(flow_map, SAMPLERS[name], grid(warp(V), 3), (B, L, V), **given))
+        assert torch.equal(drawn[-1][known], tokens[known])
+    assert torch.equal(drawn[0], drawn[1])
+
+
+def test_a_tile_remembers_what_it_cut() -> None:
+    noise = Noise.of((1, 2), torch.arange(B), L, V)
+    tile = Tile(B, L, 2, 6)
+    assert tile(noise) is tile(noise)
+    assert Tile(B, L, 0, B * L)(noise) is noise
