@@ -33,6 +33,7 @@ FAMILIES = ("autoregressive", "masked", "uniform", "flow")
 SHAPES = {"text8": (128, 64), "bpe:4096": (64, 32)}  # tokens per sequence, sequences per step
 SIZES = {
     "tiny": NetworkConfig(width=32, blocks=1, heads=2, conditioning=16),  # to try the study out
+    "mini": NetworkConfig(width=64, blocks=3, heads=2),
     "small": NetworkConfig(width=128, blocks=4, heads=4),
     "medium": NetworkConfig(width=256, blocks=5, heads=4),
 }
@@ -179,14 +180,14 @@ def show(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/families"), help="folder of the arms")
-    parser.add_argument("--steps", type=int, default=1500, help="the budget, the same for every arm")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["small", "medium"])
+    parser.add_argument("--steps", type=int, default=1200, help="the budget, the same for every arm")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["mini", "small"])
     parser.add_argument("--tokenizers", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--calls", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--texts", type=int, default=512, help="samples per arm and number of calls")
-    parser.add_argument("--windows", type=int, default=1024, help="of test text for the bound")
+    parser.add_argument("--calls", nargs="+", type=int, default=[1, 4, 16, 64])
+    parser.add_argument("--texts", type=int, default=256, help="samples per arm and number of calls")
+    parser.add_argument("--windows", type=int, default=512, help="of test text for the bound")
     parser.add_argument("--workers", type=int, default=2, help="one-core processes")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--name", default="families", help="of the record and the pictures")
