@@ -88,8 +88,8 @@ class Projection(NamedTuple):
     """W'."""
     factor: Float[Tensor, "d d"]
     """C with C C' = W' W: n C' has the law of x_0 W for standard normal n and x_0."""
-    precision: torch.dtype = torch.float32
-    """Of products with endpoints; noise and tokens stay in fp32."""
+    cast: Float[Tensor, "d v"]
+    """W' for products with endpoints, in the precision of the run, without gradient; noise and tokens stay in fp32."""
 
 
 class Readout(NamedTuple):

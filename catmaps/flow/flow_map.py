@@ -69,8 +69,14 @@ class Denoiser(Protocol):
 
 
 @fused
-def _softmax(readout: Readout) -> Tensor:
-    return readout.logits().softmax(-1)
+def _softmax(readout: Readout, dtype: torch.dtype | None = None) -> Tensor:
+    logits = readout.logits()
+    return logits.softmax(-1).to(logits.dtype if dtype is None else dtype)
+
+
+@fused
+def _argmax(readout: Readout) -> Tensor:
+    return readout.logits().argmax(-1)
 
 
 @fused
@@ -133,14 +139,19 @@ class Endpoint:
         s, t = tile(self.s), tile(self.t)
         return Endpoint(self.flow_map, tile(self.hidden), tile(self.state), s, t, self.learns)
 
+    def likeliest(self) -> Int[Tensor, "b l"]:
+        """The most probable token at every position."""
+        tile = self.flow_map.denoiser.tile
+        return over_tiles(lambda part: _argmax(part(self).readout)[..., None], *self.shape, tile)[..., 0]
+
     def project(self, projection: Projection) -> Float[Tensor, "b l d"]:
         """mu W, without gradient; remembered, since every later state asks for it again."""
         own = projection.weight.data_ptr()
         if own not in self._projected:
-            weight = projection.weight.to(projection.precision)
+            weight = projection.cast
 
             def work(tile: Tile) -> Tensor:
-                return F.linear(tile(self).x.to(weight.dtype), weight).float()
+                return F.linear(_softmax(tile(self).readout, weight.dtype), weight).float()
 
             with torch.no_grad():
                 self._projected[own] = over_tiles(work, *self.state.shape, self.flow_map.denoiser.tile)

@@ -60,11 +60,6 @@ def _draw(mu: Ending, generator: torch.Generator | None) -> Int[Tensor, "b l"]:
     return positionwise(mu, lambda log_mu, tile: _at_point(log_mu.exp(), tile(point)))
 
 
-def likeliest(mu: Ending) -> Int[Tensor, "b l"]:
-    """The most probable token at every position."""
-    return mu.argmax(-1) if isinstance(mu, Tensor) else positionwise(mu, lambda log_mu, tile: log_mu.argmax(-1))
-
-
 def euler(
     flow_map: FlowMap, state: AnyState, s: Tensor, t: Tensor, generator: torch.Generator | None
 ) -> tuple[AnyState, Ending]:
@@ -206,7 +201,7 @@ def _text(state: Combination) -> Int[Tensor, "b l"]:
     """The tokens at t = 1, where the endpoint or the draw that came last is all that is left at positions not known."""
     last = state.terms[-1][1]
     assert isinstance(last, OneHot | Endpoint)
-    return last.tokens if isinstance(last, OneHot) else likeliest(last)
+    return last.tokens if isinstance(last, OneHot) else last.likeliest()
 
 
 def _times_at(t: float, state: AnyState, known: Tensor | None) -> Tensor:

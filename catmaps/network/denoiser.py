@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from catmaps.network import tangent
-from catmaps.network.embedding import BeliefEmbedding, Conditioner, LinearEmbedding, distinct
+from catmaps.network.embedding import BeliefEmbedding, Conditioner, KeptCast, LinearEmbedding, distinct
 from catmaps.network.trunk import Trunk
 from catmaps.tiles import NUMBERS, Projection, Readout, Tile, over_tiles
 
@@ -90,6 +90,7 @@ class FlowNetwork(nn.Module):
     def __init__(self, config: NetworkConfig, features: Features, gains: tuple[Gain, Gain], log_prior: Tensor) -> None:
         super().__init__()
         self.config, self.precision, self.tile = config, torch.float32, NUMBERS
+        self._cast = KeptCast()
         vocab_size, width = len(log_prior), config.width
         self.register_buffer("log_prior", log_prior.float())
         self.features, (self.gain_in, self.gain_out) = features, gains
@@ -174,8 +175,12 @@ class FlowNetwork(nn.Module):
         self, hidden: Float[Tensor, "b l d"], state: NoisyText, s: Float[Tensor, "b #l"], t: Float[Tensor, "b #l"]
     ) -> Readout:
         """What the endpoint's logits are made of; position by position."""
-        with self._autocast():
-            context = self.head(hidden)
+        if torch.is_grad_enabled():
+            with self._autocast():
+                context = self.head(hidden)
+        else:  # one cast serves all tiles and calls until the weights change
+            weight = self._cast(self.head.weight, self.precision)
+            context = F.linear(hidden.to(weight.dtype), weight)
         if self.config.skip:
             return Readout(context, self.log_prior, self.gain_out(s, t), state.x)
         return Readout(context, self.log_prior)

@@ -58,13 +58,31 @@ class BeliefEmbedding(nn.Module):
         return tangent.linear(self.table, *belief)
 
 
+class KeptCast:
+    """The last weight that was cast, in its new dtype: large tables are cast once for every change, not every use."""
+
+    def __init__(self) -> None:
+        self._of: tuple[int, int, torch.dtype] | None = None
+        self._cast: Tensor | None = None
+
+    def __call__(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """`weight` in bf16 if `dtype` says so, without gradient; itself else."""
+        if dtype == weight.dtype or dtype == torch.float32:
+            return weight.detach()
+        of = (weight.data_ptr(), weight._version, dtype)
+        if self._cast is None or self._of != of:
+            self._of, self._cast = of, weight.detach().to(dtype)
+        return self._cast
+
+
 class LinearEmbedding(nn.Module):
     """x W / rms(s), with rms(s) = sqrt((1 - s)^2 + s^2 / V): the root mean square of x over V, within 0.3%."""
 
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__()
         self.table = nn.Linear(vocab_size, width, bias=False)
-        self._known: tuple[int, Tensor] | None = None
+        self._known: tuple[int, int, Tensor] | None = None
+        self._cast = KeptCast()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -79,11 +97,11 @@ class LinearEmbedding(nn.Module):
         """W and its factor: made anew while W learns, else once for every change of W."""
         weight = self.table.weight
         if weight.requires_grad and torch.is_grad_enabled():
-            return Projection(weight, cholesky_factor(weight, precision), precision)
-        if self._known is None or self._known[0] != weight._version:
+            return Projection(weight, cholesky_factor(weight, precision), self._cast(weight, precision))
+        if self._known is None or self._known[:2] != (weight.data_ptr(), weight._version):
             with torch.no_grad():
-                self._known = (weight._version, cholesky_factor(weight))
-        return Projection(weight.detach(), self._known[1], precision)
+                self._known = (weight.data_ptr(), weight._version, cholesky_factor(weight))
+        return Projection(weight.detach(), self._known[2], self._cast(weight, precision))
 
     def rms(self, s: Tensor) -> Tensor:
         return ((1 - s).square() + s.square() / self.table.in_features).sqrt()[..., None]

@@ -67,7 +67,7 @@ def test_words_of_one_counter_are_not_correlated() -> None:
 
 def test_projected_noise_has_the_law_of_the_projection() -> None:
     weight = torch.randn(5, 40, generator=torch.Generator().manual_seed(1))
-    projection = Projection(weight, torch.linalg.cholesky(weight @ weight.T))
+    projection = Projection(weight, torch.linalg.cholesky(weight @ weight.T), weight)
     noise = Noise.of((1, 1), torch.arange(4000), 8, 40)
     exact = weight.double() @ weight.double().T
     for drawn in (noise.project(projection), noise.x @ weight.T):

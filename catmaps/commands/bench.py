@@ -1,0 +1,95 @@
+"""`catmaps bench`."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from catmaps.cli import parse
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Speed and memory on this machine, beside a plain dense reference, in ratios of one run.
+
+    Examples: catmaps bench --suite step; catmaps bench --suite sample --out benchmarks/results/sample.json
+    """
+
+    suite: str = "step"
+    """step, distill, sample, score, vocab, length or width."""
+    rounds: int = 2
+    """Times that all cases are measured in turn."""
+    threads: int = 2
+    """CPU threads of a case."""
+    out: Path | None = None
+    """Write the record there: rows, ratios, processor, versions."""
+    json: bool = False
+    """One JSON object on stdout, the rest on stderr."""
+
+    def run(self) -> dict[str, Any]:
+        import json
+
+        from rich.console import Console
+
+        from catmaps.benchmarks.suites import SUITES, official_ratio, run
+        from catmaps.errors import UserError
+
+        if self.suite not in SUITES:
+            raise UserError(f"no suite {self.suite}; there are {', '.join(SUITES)}")
+        if self.rounds < 1 or self.threads < 1:
+            raise UserError("rounds and threads must be at least 1")
+        suite, rows = SUITES[self.suite](), {}
+        for name, row in run(suite, self.threads, self.rounds):
+            rows[name] = row | {"official_ratio": official_ratio(row)}
+            print(f"{name}: {row['tokens_per_second']:,.0f} tokens/s")
+        ratios = [asdict(ratio) | {"met": ratio.met} for ratio in suite.ratios(rows)]
+        Console(width=130).print(table(self.suite, rows))
+        for ratio in ratios:
+            sign = ">=" if ratio["at_least"] else "<="
+            print(f"{ratio['name']}: {ratio['value']:.2f} (bar {sign} {ratio['bar']:.2f})")
+        result = {"suite": self.suite, "rows": rows, "ratios": ratios, "machine": machine(self.threads)}
+        if self.out is not None:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            print(f"record: {self.out}")
+        return result
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """Processor, cores, versions and date."""
+    import os
+    import platform
+    import time
+
+    import torch
+
+    from catmaps import __version__
+
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    versions = {"torch": torch.__version__, "python": platform.python_version(), "catmaps": __version__}
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "date": time.strftime("%Y-%m-%d"),
+        **versions,
+    }
+
+
+def table(name: str, rows: dict[str, dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    shown = Table(title=f"Suite {name}")
+    shown.add_column("case")
+    for heading in ("tokens/s", "median s", "spread", "MB above idle", "of matrix peak", "of official code"):
+        shown.add_column(heading, justify="right")
+    for case, row in rows.items():
+        official = "" if row["official_ratio"] is None else f"{row['official_ratio']:.2f}"
+        figures = (f"{row['tokens_per_second']:,.0f}", f"{row['median_seconds']:.3f}", f"{row['spread']:.0%}")
+        shown.add_row(case, *figures, f"{row['peak_bytes'] / 2**20:,.0f}", f"{row['peak_share']:.0%}", official)
+    return shown
+
+
+def read(name: str, args: list[str]) -> Bench:
+    return parse(Bench, args, f"catmaps {name}")
