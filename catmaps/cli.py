@@ -46,9 +46,12 @@ COMMANDS = {
     "report": Entry("one HTML page about a run: catmaps report RUN", "report"),
     "frontier": Entry("quality against diversity over temperature: catmaps frontier RUN [--base RUN]", "frontier"),
     "judge": Entry("texts under a causal language model: catmaps judge FILE --judge NAME", "judge"),
+    "bench": Entry("speed and memory beside a dense reference: catmaps bench --suite step", "bench"),
+    "plan": Entry("what a training costs: catmaps plan PRESET --gpus 256 --tokens 2.1T", "plan"),
     "info": Entry("what a run is: catmaps info RUN", "info"),
     "data": Entry("token shards from your text: catmaps data build PATH... --out DIR", "data"),
     "eval": Entry("standard benchmarks by lm-eval: catmaps eval RUN --tasks piqa | --offline-tasks", "eval"),
+    "steer": Entry("write texts towards a reward: catmaps steer RUN --reward contains:WORD", "steer"),
 }
 
 

@@ -70,6 +70,9 @@ class OptimiserConfig:
                 raise ValueError(f"optimiser.{name} must lie in [0, 1), not {getattr(self, name)}")
 
 
+NUMBERS_PER_MEGABYTE = 2**18
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How long and how."""
@@ -85,7 +88,7 @@ class TrainingConfig:
     compile: bool = True
     """Compile the blocks (about half a minute at the start)."""
     tile_megabytes: int = 128
-    """Size of a tile of vocabulary-sized work, in fp32; about four such tensors live at a time."""
+    """Memory that a tile of vocabulary-sized work should stay within, about, beside weights and their gradients."""
     threads: int | None = None
     """CPU threads of a process; None: torch's choice."""
     save_every: int = 500
@@ -93,6 +96,11 @@ class TrainingConfig:
     evaluate_every: int = 500
     """Steps between two likelihood bounds on the validation split; 0: never."""
     evaluate_sequences: int = 128
+
+    def tile_numbers(self, projects: bool) -> int:
+        """Positions x vocabulary of a tile. Where x is made rather than seen through a projection, a tile holds it, its
+        noise, its belief and their gradients, hence is a quarter of the size."""
+        return self.tile_megabytes * NUMBERS_PER_MEGABYTE // (1 if projects else 4)
 
     def __post_init__(self) -> None:
         for name in (

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from catmaps.errors import UserError
 from catmaps.flow.flow_map import FlowMap
+from catmaps.flow.guidance import Guided, Nucleus, Unprompted
+from catmaps.flow.interpolant import gaussian
 from catmaps.flow.samplers import BENDS, SAMPLERS, sample
 from catmaps.flow.times import grid
 from catmaps.model import Run
@@ -30,12 +32,20 @@ class SamplingConfig:
     """Divides the logits and multiplies the variance of the first noise; below 1 is cleaner and less diverse."""
     batch: int = 64
     """Texts drawn together. Part of what a seed means: other batches are other texts."""
+    top_p: float = 1.0
+    """Below 1: of every endpoint, before temperature, the likeliest tokens of this mass. For flows, as is guidance."""
+    guidance: float = 1.0
+    """Above 1: away from `weak`, or without one from the run that does not see given text, at two calls a step."""
+    weak: FlowMap | None = None
+    """A weaker flow of the same alphabet."""
 
     def __post_init__(self) -> None:
         if self.sampler not in (*SAMPLERS, ANCESTRAL):
             raise UserError(f"no sampler {self.sampler}; there are {', '.join(SAMPLERS)}")
         if self.steps < 1 or self.batch < 1 or self.temperature <= 0:
             raise UserError("steps and batch must be at least 1, temperature above 0")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top-p is a share of the mass, above 0 and at most 1, not {self.top_p}")
 
     def times(self, run: Run) -> Float[Tensor, "n"]:
         """The sampler's grid on the run's clock."""
@@ -44,7 +54,20 @@ class SamplingConfig:
     @property
     def calls(self) -> int:
         """Network calls of one text, or of one block of a longer one (NFE)."""
-        return 2 * self.steps - 1 if self.sampler == "heun" else self.steps
+        return (2 * self.steps - 1 if self.sampler == "heun" else self.steps) * (1 if self.guidance == 1 else 2)
+
+    def flow_map(
+        self, run: Run, shape: tuple[int, int], known: Bool[Tensor, "b l"] | None, generator: torch.Generator
+    ) -> FlowMap:
+        """The run's flow map, guided and cut as configured, for a batch of texts (B, L)."""
+        chosen = run.flow_map
+        if self.guidance != 1 and (self.weak is not None or known is not None):
+            whole = (*shape, run.tokenizer.vocab_size)
+            weak = self.weak or FlowMap(Unprompted(chosen, gaussian(whole, generator).x))
+            chosen = FlowMap(Guided(chosen, weak, self.guidance))
+        if self.top_p < 1:
+            chosen = FlowMap(Nucleus(chosen, self.top_p))
+        return FlowMap(chosen.denoiser, self.temperature)
 
 
 def default_sampling(run: Run, steps: int | None = None) -> SamplingConfig:
@@ -102,8 +125,6 @@ def extend(
         generator: Source of randomness, on the run's device.
         watch: Sees (t, endpoint) after every step of every block.
     """
-    if (config.sampler == ANCESTRAL) != (run.baseline is not None):
-        raise UserError(f"run {run.path} is a {run.kind}: sampler {config.sampler} is not for it; leave --sampler out")
     text, wanted, longest = prompt, prompt.shape[1] + num_tokens, run.config.data.length
     while (rest := wanted - text.shape[1]) > 0:
         context = min(text.shape[1], longest - min(rest, longest - longest // 2))
@@ -111,12 +132,12 @@ def extend(
         tokens = torch.nn.functional.pad(text[:, text.shape[1] - context :], (0, window - context))
         known = (torch.arange(window, device=run.device) < context).expand(len(text), window)
         given = (tokens, known) if context else (None, None)
-        drawn = _draw(run, (len(text), window), *given, config, generator, watch)
+        drawn = draw(run, (len(text), window), *given, config, generator, watch)
         text = torch.cat([text, drawn[:, context:]], 1)
     return text[:, prompt.shape[1] :]
 
 
-def _draw(
+def draw(
     run: Run,
     shape: tuple[int, int],
     tokens: Int[Tensor, "b l"] | None,
@@ -125,11 +146,19 @@ def _draw(
     generator: torch.Generator,
     watch: Watch | None,
 ) -> Int[Tensor, "b l"]:
-    """One block. Baselines are not watched: they have no endpoint."""
+    """Texts of one window, given tokens unchanged. Baselines are not watched: they have no endpoint.
+
+    Raises:
+        UserError: The sampler or an option is not for this run.
+    """
+    if (config.sampler == ANCESTRAL) != (run.baseline is not None):
+        raise UserError(f"run {run.path} is a {run.kind}: sampler {config.sampler} is not for it; leave --sampler out")
+    if run.baseline is not None and (config.top_p, config.guidance) != (1, 1):
+        raise UserError(f"run {run.path} is a {run.kind}: top-p and guidance are for flows; leave them out")
     if run.baseline is not None:
         given = {"tokens": tokens, "known": known, "generator": generator, "temperature": config.temperature}
         return run.baseline.sample(run.network, shape, config.steps, **given)
-    flow_map, times = FlowMap(run.flow_network, config.temperature), config.times(run)
+    flow_map, times = config.flow_map(run, shape, known, generator), config.times(run)
     whole, step = (*shape, run.tokenizer.vocab_size), SAMPLERS[config.sampler]
     return sample(flow_map, step, times, whole, tokens=tokens, known=known, generator=generator, watch=watch)
 

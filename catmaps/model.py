@@ -73,7 +73,6 @@ def starting_law(config: ClockConfig, vocab_size: int) -> Law:
     return times.logit_normal() if config.law == "logit_normal" else _warp(vocab_size)
 
 
-NUMBERS_PER_MEGABYTE = 2**18
 FUSED_VOCABULARY = 1024  # from here on a tile's arithmetic is worth compiling
 
 
@@ -81,7 +80,7 @@ def configure(network: Network, config: TrainingConfig) -> None:
     """Sets how a network computes: precision of products, size of tiles."""
     network.precision = PRECISION[config.precision]
     if isinstance(network, FlowNetwork):
-        network.tile = config.tile_megabytes * NUMBERS_PER_MEGABYTE
+        network.tile = config.tile_numbers(network.projects)
 
 
 def compile_blocks(network: Network) -> None:

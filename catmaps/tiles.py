@@ -5,7 +5,7 @@ can be cut to it; a cut has one row of n positions, so code for (B, L, ...) serv
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, overload, runtime_checkable
 
@@ -74,10 +74,14 @@ def over_tiles(
     tiles = list(split(batch, length, vocab_size, numbers))
     if len(tiles) == 1:
         return work(tiles[0])
+
+    def forgetful(tile: Tile) -> Tensor:
+        return work(replace(tile, memory={}))  # what a tile remembers would else live until the backward pass
+
     if torch.is_grad_enabled():
-        parts = [checkpoint(work, tile, use_reentrant=False, preserve_rng_state=False) for tile in tiles]
+        parts = [checkpoint(forgetful, tile, use_reentrant=False, preserve_rng_state=False) for tile in tiles]
     else:
-        parts = [work(tile) for tile in tiles]
+        parts = [forgetful(tile) for tile in tiles]
     return torch.cat(parts, 1).unflatten(1, (batch, length))[0]
 
 

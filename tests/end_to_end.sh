@@ -32,6 +32,10 @@ for sampler in euler heun flow_map renoise localisation; do
   "$catmaps" sample map --sampler $sampler --num 2 --steps 3 --json | json 'len(d["texts"]) == 2'
 done
 "$catmaps" sample map --num 1 --show-trajectory | grep -q 't = 1.000'
+"$catmaps" sample map --prompt 'the king of ' --tokens 20 --num 2 --json | json 'len(d["texts"]) == 2'
+"$catmaps" sample map --infill 'the [[5]] of the' --num 1 --json | json 'd["texts"][0].endswith(" of the")'
+"$catmaps" steer map --reward contains:the --particles 4 --num 1 --steps 4 --json | json 'd["texts"]'
+"$catmaps" plan 1.7b --gpus 256 --tokens 2.1T --json | json 'd'
 "$catmaps" score map --split test --windows 8 --json | json '3 < d["nelbo_bits_per_char"] < 6'
 echo 'It was the best of times, it was the worst of times' >own.txt
 "$catmaps" score base own.txt --json | json 'd["characters"] > 40'
@@ -43,6 +47,10 @@ mkdir texts
 for i in $(seq 40); do seq -s ' ' "$i" 400 | sed 's/7/seven/g' >"texts/$i.txt"; done
 "$catmaps" data build texts --tokenizer bpe:300 --out shards --json | json 'd["splits"]["train"]["documents"] > 30'
 "$catmaps" train tiny --data.shards shards --out own "${fast[@]}" --training.steps 4 --json | json 'd["complete"]'
+linear=(--data.shards shards --network.input linear --network.skip False --training.tile-megabytes 1)
+"$catmaps" train tiny "${linear[@]}" --out linear "${fast[@]}" --training.steps 4 --json | json 'd["complete"]'
+"$catmaps" distill --from linear --out linear-map "${fast[@]}" --training.steps 4 --json | json 'd["complete"]'
+"$catmaps" sample linear-map --num 1 --json | json 'd["texts"]'
 
 refused 'preset' "$catmaps" train nonesuch
 refused 'wdth' "$catmaps" train tiny --network.wdth 3

@@ -69,7 +69,10 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["fly"], "no command fly; there are train, distill, sample, score, report, frontier, judge, info, data, eval"),
+        (
+            ["fly"],
+            "no command fly; there are train, distill, sample, score, report",
+        ),
         (["train"], "which preset?"),
         (["train", "huge"], "no preset huge; there are tiny, small"),
         (["train", "tiny", "--network.wdth", "3"], "--network.wdth"),

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from catmaps.benchmarks import dense
+from catmaps.config import TrainingConfig
 from catmaps.flow.flow_map import FlowMap
 from catmaps.flow.interpolant import interpolate
 from catmaps.flow.likelihood import nelbo
 from catmaps.flow.losses import OFF_DIAGONAL, anchor, endpoint_cross_entropy, soft_cross_entropy
 from catmaps.flow.samplers import SAMPLERS, sample
 from catmaps.flow.times import Pair, grid, uniform
-from catmaps.model import NUMBERS_PER_MEGABYTE, build_network, compile_blocks
+from catmaps.model import build_network, compile_blocks, configure
 from catmaps.network.denoiser import FlowNetwork, NetworkConfig
 
 CALLS, DRAWS = 4, 2
@@ -63,7 +64,7 @@ class Case:
         table = 2 * self.vocabulary * self.width
         forward = self.tokens * (trunk + table + (table if self.input == "belief" else 0))
         passes = {"sample": CALLS, "score": DRAWS + 2, "base": 3, "soft": 4, "lsd": 7, "ecld": 7, "esd": 6}
-        return forward * passes.get(self.work, 5)
+        return float(forward * passes.get(self.work, 5))
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -124,8 +125,7 @@ def _network(case: Case) -> FlowNetwork:
     shape = {"width": case.width, "blocks": case.blocks, "heads": case.heads}
     config = NetworkConfig(input=case.input, skip=case.input == "belief", **shape)
     network = build_network(config, torch.zeros(case.vocabulary).log_softmax(-1))
-    network.precision = torch.bfloat16 if case.precision == "bf16" else torch.float32
-    network.tile = case.tile_megabytes * NUMBERS_PER_MEGABYTE
+    configure(network, TrainingConfig(precision=case.precision, tile_megabytes=case.tile_megabytes))
     if case.compile:
         compile_blocks(network)
     return network

@@ -68,9 +68,9 @@ def step() -> Suite:
 
     def ratios(rows: Rows) -> list[Ratio]:
         return [
-            _faster("base step, linear against dense: times faster", rows, "dense", "linear", 4),
+            _faster("base step, linear against dense: times faster", rows, "dense", "linear", 4.0),
             _memory("the same: share of its peak memory", rows, "dense", "linear", 1 / 3),
-            Ratio("belief: times linear's step", _seconds(rows["belief"]) / _seconds(rows["linear"]), 3, False),
+            Ratio("belief: times linear's step", _seconds(rows["belief"]) / _seconds(rows["linear"]), 3.0, False),
             _memory("belief: share of dense's peak memory", rows, "dense", "belief", 1 / 3),
             _faster("V = 27, belief against dense: times faster", rows, "dense, V = 27", "belief, V = 27", 2.5),
         ]
@@ -87,7 +87,7 @@ def distill() -> Suite:
 
     def ratios(rows: Rows) -> list[Ratio]:
         return [
-            _faster("psd step against dense ecld: times faster", rows, "dense ecld", "psd, linear", 8),
+            _faster("psd step against dense ecld: times faster", rows, "dense ecld", "psd, linear", 8.0),
             _memory("the same: share of its peak memory", rows, "dense ecld", "psd, linear", 1 / 4),
         ]
 
@@ -108,7 +108,7 @@ def sample() -> Suite:
 
     def ratios(rows: Rows) -> list[Ratio]:
         return [
-            _faster("4-call samples, linear against dense: times faster", rows, "dense", "linear", 8),
+            _faster("4-call samples, linear against dense: times faster", rows, "dense", "linear", 8.0),
             _faster("V = 27, belief against dense: times faster", rows, "dense, V = 27", "belief, V = 27", 2.5),
         ]
 
@@ -123,7 +123,7 @@ def score() -> Suite:
         "linear": plain,
         "belief": replace(plain, input="belief"),
     }
-    return Suite(cases, lambda rows: [_faster("bound, linear: times faster", rows, "dense", "linear", 1)])
+    return Suite(cases, lambda rows: [_faster("bound, linear: times faster", rows, "dense", "linear", 1.0)])
 
 
 def vocab() -> Suite:
@@ -153,10 +153,10 @@ def length() -> Suite:
 
 def width() -> Suite:
     """The share of the matrix-product peak at a width that a study would use."""
-    wide = {"width": 512, "blocks": 8, "heads": 8, "length": 512, "batch": 4, "repeats": 3}
+    wide = Case(work="base", width=512, blocks=8, heads=8, length=512, batch=4, repeats=3)
     cases = {
-        "V = 27": Case(work="base", input="belief", vocabulary=27, **wide),
-        "V = 50257": Case(work="base", input="linear", vocabulary=50_257, **wide),
+        "V = 27": replace(wide, input="belief", vocabulary=27),
+        "V = 50257": replace(wide, input="linear", vocabulary=50_257),
     }
 
     def ratios(rows: Rows) -> list[Ratio]:

@@ -42,7 +42,8 @@ def weighted_sum(work: Work, learner: Endpoint | MovingEndpoint, weight: Float[T
     targets = [x for x in (*leaves, *read) if x.requires_grad]
     gradients: list[Tensor | None] = [None] * len(sources)
     total, parts = weight.new_zeros(()), []
-    for tile in tiles:
+    while tiles:  # a tile is dropped once it is done, with all that it remembers
+        tile = tiles.pop(0)
         values, errors = work(tile(leaf), tile)
         share = _total(values, tile(weight))
         if sources:

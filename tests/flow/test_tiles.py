@@ -1,6 +1,12 @@
 """Tiles change nothing: losses, gradients, states and trajectories are those of the whole, for any size of a tile."""
 
+import gc
 import itertools
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -20,7 +26,7 @@ from catmaps.flow.samplers import SAMPLERS, sample
 from catmaps.flow.times import Pair, grid, uniform, warp
 from catmaps.model import build_network
 from catmaps.network.denoiser import FlowNetwork, NetworkConfig
-from catmaps.tiles import Tile, split
+from catmaps.tiles import Fusion, Tile, split
 
 B, L, V, D = 3, 5, 48, 16
 Mode = Literal["belief", "linear"]
@@ -124,6 +130,7 @@ class Widest(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.numbers = 0
+        self.wide: list[weakref.ref[Tensor]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # pyright: ignore  # noqa: ANN001, ANN204
         made = func(*args, **(kwargs or {}))
@@ -131,6 +138,8 @@ class Widest(TorchDispatchMode):
             if isinstance(value, Tensor):
                 storage = value.untyped_storage().size() // max(1, value.element_size())
                 self.numbers = max(self.numbers, storage)
+                if value.dim() == 3 and value.shape[-1] == WIDE:
+                    self.wide.append(weakref.ref(value))
         return made
 
 
@@ -175,6 +184,18 @@ def test_no_loss_makes_a_vocabulary_sized_tensor_of_the_whole_batch(mode: Mode, 
         loss.total.backward()
 
     assert biggest(step) < 2 * MANY * WIDE
+
+
+def test_nothing_vocabulary_sized_waits_for_the_backward_pass() -> None:
+    net, tokens = wide_network("belief"), torch.randint(WIDE, (2, MANY), generator=seeded(3))
+    s = torch.full((2, 1), 0.2)
+    state = interpolate(tokens, Noise.of((1, 2), torch.arange(2), MANY, WIDE), s)
+    with Widest() as seen:
+        loss = endpoint_cross_entropy(FlowMap(net), state, s, tokens, torch.full((2, MANY), 0.1))
+    gc.collect()
+    assert len(seen.wide) > 8
+    assert not [x for x in (made() for made in seen.wide) if x is not None]
+    loss.total.backward()
 
 
 @pytest.mark.parametrize("mode", ["belief", "linear"])
@@ -233,3 +254,31 @@ def test_a_tile_remembers_what_it_cut() -> None:
     tile = Tile(B, L, 2, 6)
     assert tile(noise) is tile(noise)
     assert Tile(B, L, 0, B * L)(noise) is noise
+
+
+def test_compiled_kernels_give_the_same_losses_and_gradients() -> None:
+    # In a process of its own: the checks of shapes that tests run under cannot be compiled.
+    folder = Path(__file__).parents[1]
+    paths = os.pathsep.join([str(folder), str(folder / "flow"), str(folder.parent)])
+    script = "import test_tiles; test_tiles.compare_compiled()"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "compiled" in done.stdout
+
+
+def compare_compiled() -> None:
+    results = []
+    for on in (False, True):
+        Fusion.on = on
+        net, teacher = network("belief", True, tile=7 * V), network("belief", True, seed=9).requires_grad_(False)
+        loss = loss_of("psd", net, teacher, held=False)
+        loss.total.backward()
+        results.append((loss.total.detach(), net.head.weight.grad, net.embedding.table.weight.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-6)
+    print("compiled kernels agree")
