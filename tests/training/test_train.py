@@ -132,9 +132,7 @@ def test_tiles_do_not_change_a_training(
     folders = {}
     for name in ("whole", "tiled"):
         if name == "tiled":
-            monkeypatch.setattr(
-                "catmaps.config.NUMBERS_PER_MEGABYTE", 16
-            )  # 75 positions, or 18
+            monkeypatch.setattr("catmaps.config.NUMBERS_PER_MEGABYTE", 16)  # 75 positions, or 18
         folders[name] = trained(config, tmp_path / f"{name}-base")
         if kind == "psd":
             folders[name] = trained(distilled(folders[name], config), tmp_path / name)
