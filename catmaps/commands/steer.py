@@ -25,7 +25,7 @@ class Steer:
     reward: str
     """NAME or NAME:ARGUMENT."""
     strength: float = 8.0
-    """Nats of reward, see above."""
+    """Nats of reward, see above. More reward, fewer particles that count."""
     num: int = 4
     """How many texts."""
     particles: int = 16

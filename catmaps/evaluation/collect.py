@@ -12,7 +12,8 @@ import torch
 from catmaps.evaluation.judge import LETTERS, Judge, JudgeConfig
 from catmaps.evaluation.quality import Quality, control_rows, draw_chunks, quality
 from catmaps.evaluation.report import CallsRow, ClockBin, CurvePoint, NelboPoint, ReportData, TrajectoryRow
-from catmaps.flow.interpolant import gaussian, interpolate
+from catmaps.flow.flow_map import positionwise
+from catmaps.flow.interpolant import interpolate
 from catmaps.flow.likelihood import squared_error
 from catmaps.generation import SamplingConfig, default_sampling, generate, generate_texts
 from catmaps.model import METRICS, Run
@@ -63,10 +64,11 @@ def clock_bins(run: Run, tokens: torch.Tensor, bins: int = 24) -> list[ClockBin]
         t = torch.full(
             (len(tokens), 1), run.law.quantile(torch.tensor(tau, dtype=torch.float64)).item(), device=run.device
         )
-        noise = gaussian((len(tokens), tokens.shape[1], run.tokenizer.vocab_size), generator).x
-        log_mu = flow_map.log_endpoint(interpolate(tokens, noise, t), t, t)
-        ce = -log_mu.gather(-1, tokens[..., None]).mean().item()
-        rows.append(ClockBin(tau, ce, squared_error(log_mu, tokens).mean().item()))
+        noise = flow_map.random_noise(tokens.shape, generator)
+        endpoint = flow_map.read(interpolate(tokens, noise, t), t, t)
+        ce = positionwise(endpoint, lambda log_mu, tile: -log_mu.gather(-1, tile(tokens)[..., None])[..., 0])
+        square = positionwise(endpoint, lambda log_mu, tile: squared_error(log_mu, tile(tokens)))
+        rows.append(ClockBin(tau, ce.mean().item(), square.mean().item()))
     return rows
 
 

@@ -141,8 +141,7 @@ class _Gram(torch.autograd.Function):
 def cholesky_factor(weight: Float[Tensor, "d v"], precision: torch.dtype = torch.float32) -> Float[Tensor, "d d"]:
     """Lower C with C C' = W' W: n C' has the law of x_0 W for standard normal n (d) and x_0 (V).
 
-    In fp32 whatever the precision of the run, which the gradient's large product is in. The gradient reaches W with
-    about a fortieth of the variance of that of drawn x_0 W (docs/maths.md (a)).
+    In fp32 whatever the precision of the run, which the gradient's large product is in. Source: docs/maths.md (h).
     """
     with torch.autocast(weight.device.type, enabled=False):
         gram = _Gram.apply(weight, precision)
