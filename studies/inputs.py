@@ -57,12 +57,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/inputs"))
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--tokenizers", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--name", default="inputs", help="of the record")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     jobs: list[Job] = [
         (options.out / f"{tokenizer.replace(':', '')}-{kind}-{seed}", tokenizer, kind, seed, options.steps)
-        for tokenizer in SHAPES
-        for seed in (0, 1)
+        for tokenizer in options.tokenizers
+        for seed in options.seeds
         for kind in ("belief", "linear")
     ]
     results = in_parallel(one, jobs, options.workers)
@@ -73,7 +76,7 @@ def main() -> None:
     for row in rows:
         print(f"{row['tokenizer']:9} {row['input']:7} seed {row['seed']}  {row['bits_per_char']:.4f}", end=" ")
         print(f"+- {row['stderr']:.4f} bits/char  {row['minutes']:.1f} min")
-    print(record("inputs", {"rows": rows, "steps": options.steps}))
+    print(record(options.name, {"rows": rows, "steps": options.steps}))
 
 
 if __name__ == "__main__":
