@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from catmaps.allocator import keep_freed_memory
 from catmaps.errors import UserError
 
 
@@ -106,6 +107,7 @@ def run(name: str, args: list[str]) -> int:
     if name not in COMMANDS:
         raise UserError(f"no command {name}; there are {', '.join(COMMANDS)}")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch|olmo_core")
+    keep_freed_memory()
     module = importlib.import_module(f"catmaps.commands.{COMMANDS[name].module}")
     read: Callable[[str, list[str]], Command] = module.read
     command = read(name, args)

@@ -87,8 +87,9 @@ class TrainingConfig:
     """Of matrix products; weights, softmax and losses are fp32."""
     compile: bool = True
     """Compile the blocks (about half a minute at the start)."""
-    tile_megabytes: int = 128
-    """Memory that a tile of vocabulary-sized work should stay within, about, beside weights and their gradients."""
+    tile_megabytes: int = 31
+    """Of the largest tensor in a tile of vocabulary-sized work; a few live at a time. From 32 on memory is slower to
+    get on CPUs (`catmaps.allocator`)."""
     threads: int | None = None
     """CPU threads of a process; None: torch's choice."""
     save_every: int = 500
@@ -98,9 +99,8 @@ class TrainingConfig:
     evaluate_sequences: int = 128
 
     def tile_numbers(self, projects: bool) -> int:
-        """Positions x vocabulary of a tile. Where x is made rather than seen through a projection, a tile holds it, its
-        noise, its belief and their gradients, hence is a quarter of the size."""
-        return self.tile_megabytes * NUMBERS_PER_MEGABYTE // (1 if projects else 4)
+        """Positions x vocabulary of a tile. Its tensors are in fp32 where x is made, else at most in bf16."""
+        return self.tile_megabytes * NUMBERS_PER_MEGABYTE * (2 if projects else 1)
 
     def __post_init__(self) -> None:
         for name in (
@@ -146,7 +146,7 @@ ADDED: dict[str, Any] = {
     "family": "flow",
     "objective.final": 0.0,
     "objective.ladder": 0.0,
-    "training.tile_megabytes": 128,
+    "training.tile_megabytes": 31,
 }
 """Fields that files of earlier versions lack, with what those runs were."""
 

@@ -4,7 +4,7 @@ A tile is a run of positions of the flattened batch. What lives at every positio
 can be cut to it; a cut has one row of n positions, so code for (B, L, ...) serves whole batches and tiles alike.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, overload, runtime_checkable
@@ -14,8 +14,11 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-NUMBERS = 2**25
-"""Default size of a tile: positions x vocabulary, 128 MiB of fp32. A few such tensors live at a time."""
+NUMBERS = 31 * 2**18
+"""Default size of a tile: positions x vocabulary, 31 MiB of fp32. A few such tensors live at a time."""
+
+
+ADDED_AT_ONCE = 2**20
 
 
 @runtime_checkable
@@ -67,22 +70,90 @@ def split(batch: int, length: int, vocab_size: int, numbers: int) -> Iterator[Ti
         yield Tile(batch, length, start, min(start + each, positions))
 
 
+class Weight(NamedTuple):
+    """A parameter, and the leaf that stands for it in products: in bf16 where they are, so that gradients of many tiles
+    are added up in fp32 without a copy of each."""
+
+    parameter: Tensor
+    leaf: Tensor
+
+    @classmethod
+    def of(cls, parameter: Tensor, cast: Tensor) -> "Weight":
+        return cls(parameter, cast.detach().requires_grad_(parameter.requires_grad))
+
+
+def add_gradients(
+    totals: Sequence[Tensor | None], parts: Sequence[Tensor | None], weights: Sequence[Weight]
+) -> list[Tensor | None]:
+    """Running sums of gradients of leaves, in the dtypes of their parameters; sums of before are overwritten."""
+
+    def added(total: Tensor | None, part: Tensor | None, weight: Weight) -> Tensor | None:
+        if total is None or part is None:
+            return total if part is None else part.to(weight.parameter.dtype)
+        few = max(1, ADDED_AT_ONCE // max(1, part[:1].numel())) if part.ndim else 1
+        for own, more in zip(torch.atleast_1d(total).split(few), torch.atleast_1d(part).split(few), strict=True):
+            own.add_(more)  # of two dtypes: makes a copy in the wider one, here of a few rows
+        return total
+
+    return [added(*three) for three in zip(totals, parts, weights, strict=True)]
+
+
+class _WeightedTiles(torch.autograd.Function):
+    """`over_tiles` of work that depends on weights alone: tiles are done again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, work: Callable[..., Tensor], tiles: list[Tile], weights: list[Weight], *parameters: Tensor
+    ) -> Tensor:
+        del parameters  # the weights', which autograd has to see
+        ctx.work, ctx.tiles, ctx.weights = work, tiles, weights
+        return torch.cat([work(tile, *(w.leaf.detach() for w in weights)) for tile in tiles], 1)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        weights, start = [w for w in ctx.weights if w.leaf.requires_grad], 0
+        totals: list[Tensor | None] = [None] * len(weights)
+        for tile in ctx.tiles:
+            with torch.enable_grad():
+                out = ctx.work(tile, *(w.leaf for w in ctx.weights))
+            stop = start + out.shape[1]
+            parts = torch.autograd.grad(out, [w.leaf for w in weights], upstream[0][:, start:stop], allow_unused=True)
+            totals, start = add_gradients(totals, parts, weights), stop
+        found = iter(totals)
+        return (None, None, None, *(next(found) if w.leaf.requires_grad else None for w in ctx.weights))
+
+
 def over_tiles(
-    work: Callable[[Tile], Shaped[Tensor, "_ n d"]], batch: int, length: int, vocab_size: int, numbers: int
+    work: Callable[..., Shaped[Tensor, "_ n d"]],
+    shape: tuple[int, int, int],
+    numbers: int,
+    weights: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> Shaped[Tensor, "b l d"]:
-    """Joins narrow results of vocabulary-sized work. With gradients each tile is done again in the backward pass."""
-    tiles = list(split(batch, length, vocab_size, numbers))
+    """Joins narrow results of vocabulary-sized work. With gradients each tile is done again in the backward pass.
+
+    Args:
+        work: (tile, *weights or *casts) -> the tile's results.
+        shape: (B, L, V).
+        numbers: Size of a tile.
+        weights: (weight, its cast) of all that gradients are wanted of; if there are none, of whatever `work` sees.
+    """
+    tiles = list(split(*shape, numbers))
+    given = [weight for weight, _ in weights]
     if len(tiles) == 1:
-        return work(tiles[0])
+        return work(tiles[0], *given)
 
-    def forgetful(tile: Tile) -> Tensor:
-        return work(replace(tile, memory={}))  # what a tile remembers would else live until the backward pass
+    def forgetful(tile: Tile, *leaves: Tensor) -> Tensor:
+        return work(replace(tile, memory={}), *leaves)  # what a tile remembers would else live until the backward pass
 
-    if torch.is_grad_enabled():
-        parts = [checkpoint(forgetful, tile, use_reentrant=False, preserve_rng_state=False) for tile in tiles]
+    if not torch.is_grad_enabled():
+        joined = torch.cat([forgetful(tile, *(cast for _, cast in weights)) for tile in tiles], 1)
+    elif weights:
+        joined = _WeightedTiles.apply(forgetful, tiles, [Weight.of(*weight) for weight in weights], *given)
+        assert isinstance(joined, Tensor)
     else:
-        parts = [forgetful(tile) for tile in tiles]
-    return torch.cat(parts, 1).unflatten(1, (batch, length))[0]
+        parts = [checkpoint(forgetful, tile, use_reentrant=False, preserve_rng_state=False) for tile in tiles]
+        joined = torch.cat(parts, 1)
+    return joined.unflatten(1, shape[:2])[0]
 
 
 class Projection(NamedTuple):
@@ -114,6 +185,28 @@ class Readout(NamedTuple):
         if self.gain is not None and self.x is not None:
             total = total + self.gain[..., None] * self.x
         return total if self.temperature == 1 else total / self.temperature
+
+
+class MovingReadout(NamedTuple):
+    """A readout and its derivative along a direction in (x, s, t)."""
+
+    now: Readout
+    rate: Readout
+    """What the derivative of the logits is made of while x is held."""
+    dx: Float[Tensor, "b l v"] | None = None
+    """Where x moves; seen through the gain of `now`."""
+
+    def logits(self) -> tuple[Float[Tensor, "b l v"], Float[Tensor, "b l v"]]:
+        """Logits and their derivative."""
+        rate = self.rate.logits()
+        if self.dx is not None and self.now.gain is not None:
+            rate = rate + self.now.gain[..., None] * self.dx / self.now.temperature
+        return self.now.logits(), rate
+
+    def divided(self, temperature: float) -> "MovingReadout":
+        """At a temperature."""
+        now, rate = (part._replace(temperature=temperature) for part in (self.now, self.rate))
+        return MovingReadout(now, rate, self.dx)
 
 
 P = ParamSpec("P")

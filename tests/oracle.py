@@ -7,6 +7,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from catmaps.flow.interpolant import AnyState, State, interpolate
-from catmaps.tiles import Readout
+from catmaps.tiles import MovingReadout, Readout, Weight
 
 CLEAN_GAIN = 1e3  # log-odds of a clean position: exp(-1000) is 0 in fp64, and no infinity meets a zero
 U_MAX = 12.0  # where the exact flow ends: a token is undecided there with probability below 1e-12
@@ -53,17 +54,17 @@ class Oracle(ABC):
     def readout(self, hidden: Tensor, state: AnyState, s: Tensor, t: Tensor) -> Readout:
         return Readout(hidden)
 
-    def logits_with_tangent(
+    def readout_with_tangent(
         self,
         hidden: tuple[Tensor, Tensor],
         state: AnyState,
         times: tuple[Tensor, Tensor, Tensor, Tensor],
         dx: AnyState | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        return hidden
+    ) -> MovingReadout:
+        return MovingReadout(Readout(hidden[0]), Readout(hidden[1]))
 
-    def readout_parameters(self) -> list[Tensor]:
-        return []
+    def readout_weights(self) -> AbstractContextManager[list[Weight]]:
+        return nullcontext([])
 
 
 class ExactModel(Oracle):

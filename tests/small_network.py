@@ -65,7 +65,7 @@ def twins(
     """((hidden, logits), their tangents) by the hand-written methods, in the layout of torch.func.jvp."""
     direction = None if dx is None else State(dx)
     hidden, dhidden = net.encode_with_tangent(State(x), *at, *rates, direction)
-    logits, dlogits = net.logits_with_tangent((hidden, dhidden), State(x), (*at, *rates), direction)
+    logits, dlogits = net.readout_with_tangent((hidden, dhidden), State(x), (*at, *rates), direction).logits()
     return (hidden, logits), (dhidden, dlogits)
 
 

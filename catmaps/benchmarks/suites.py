@@ -129,9 +129,9 @@ def score() -> Suite:
 def vocab() -> Suite:
     """Memory over the vocabulary at one size of a tile: flat but for weights' gradients, which are counted apart."""
     sizes = (1_000, 10_000, 50_257, 100_000, 200_000)
-    cases = {f"V = {v}": Case(work="sample", vocabulary=v, tile_megabytes=16, compile=False) for v in sizes}
+    cases = {f"V = {v}": Case(work="sample", vocabulary=v, tile_megabytes=4, compile=False) for v in sizes}
     cases |= {
-        f"base, V = {v}": Case(work="base", vocabulary=v, tile_megabytes=16, width=64, heads=2, compile=False)
+        f"base, V = {v}": Case(work="base", vocabulary=v, tile_megabytes=4, width=64, heads=2, compile=False)
         for v in sizes
     }
 

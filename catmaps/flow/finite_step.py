@@ -154,7 +154,7 @@ def step_costs(
             steps = (increment.expand(len(tokens), 1) for increment in increments)
             return torch.stack([_cost(tokens, step_, step, tile(endpoint).log, tile) for step_ in steps], -1)
 
-        cost = over_tiles(work, *endpoint.shape, flow_map.denoiser.tile)
+        cost = over_tiles(work, endpoint.shape, flow_map.denoiser.tile)
         costs[i, i + 1 :] = torch.stack([unless_known(c, known).sum(1).mean() for c in cost.unbind(-1)]).cpu()
     return costs
 

@@ -8,6 +8,7 @@ Source: Roos et al. 2026, arXiv:2602.12233; docs/maths.md eqs. (2), (3), (5).
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol, overload, runtime_checkable
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from catmaps.flow.interpolant import AnyState, Combination, State, advance, step_fraction
 from catmaps.flow.noise import Key, Noise, random_key
-from catmaps.tiles import Projection, Readout, Tile, fused, over_tiles
+from catmaps.tiles import MovingReadout, Projection, Readout, Tile, Weight, fused, over_tiles
 
 
 @runtime_checkable
@@ -53,30 +54,40 @@ class Denoiser(Protocol):
         """Logits (B, L, V) of the endpoint mu_{s,t}, in parts; position by position: a tile is a batch of one row."""
         ...
 
-    def logits_with_tangent(
+    def readout_with_tangent(
         self,
         hidden: tuple[Tensor, Tensor],
         state: AnyState,
         times: tuple[Tensor, Tensor, Tensor, Tensor],
         dx: AnyState | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Logits and their derivative; times = (s, t, ds, dt)."""
+    ) -> MovingReadout:
+        """`readout` and its derivative; times = (s, t, ds, dt)."""
         ...
 
-    def readout_parameters(self) -> list[Tensor]:
-        """What `readout` depends on besides its arguments."""
+    def readout_weights(self) -> AbstractContextManager[list[Weight]]:
+        """What `readout` depends on besides its arguments; while this is open it is made of their leaves."""
         ...
 
 
 @fused
-def _softmax(readout: Readout, dtype: torch.dtype | None = None) -> Tensor:
+def _softmax(readout: Readout) -> Tensor:
+    return readout.logits().softmax(-1)
+
+
+@fused
+def _unnormalised(readout: Readout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """mu times a factor, and that factor: one exponential an entry."""
     logits = readout.logits()
-    return logits.softmax(-1).to(logits.dtype if dtype is None else dtype)
+    weight = (logits - logits.amax(-1, keepdim=True)).exp()
+    return weight.to(dtype), weight.sum(-1, keepdim=True)
 
 
 @fused
 def _argmax(readout: Readout) -> Tensor:
-    return readout.logits().argmax(-1)
+    """The first of the largest; two sweeps that vectorise, where a compiled argmax does not."""
+    logits = readout.logits()
+    index = torch.arange(logits.shape[-1], device=logits.device)
+    return torch.where(logits == logits.amax(-1, keepdim=True), index, logits.shape[-1]).amin(-1)
 
 
 @fused
@@ -142,7 +153,7 @@ class Endpoint:
     def likeliest(self) -> Int[Tensor, "b l"]:
         """The most probable token at every position."""
         tile = self.flow_map.denoiser.tile
-        return over_tiles(lambda part: _argmax(part(self).readout)[..., None], *self.shape, tile)[..., 0]
+        return over_tiles(lambda part: _argmax(part(self).readout)[..., None], self.shape, tile)[..., 0]
 
     def project(self, projection: Projection) -> Float[Tensor, "b l d"]:
         """mu W, without gradient; remembered, since every later state asks for it again."""
@@ -151,20 +162,21 @@ class Endpoint:
             weight = projection.cast
 
             def work(tile: Tile) -> Tensor:
-                return F.linear(_softmax(tile(self).readout, weight.dtype), weight).float()
+                mu, factor = _unnormalised(tile(self).readout, weight.dtype)
+                return F.linear(mu, weight) / factor
 
             with torch.no_grad():
-                self._projected[own] = over_tiles(work, *self.state.shape, self.flow_map.denoiser.tile)
+                self._projected[own] = over_tiles(work, self.state.shape, self.flow_map.denoiser.tile)
         return self._projected[own]
 
     @cached_property
     def _projected(self) -> dict[int, Tensor]:
         return {}
 
-    def leaf(self) -> tuple["Endpoint", list[Tensor], list[Tensor]]:
-        """The same from a leaf of the graph, with what it was made of and the leaves in their place."""
-        hidden = self.hidden.detach().requires_grad_(self.hidden.requires_grad)
-        return Endpoint(self.flow_map, hidden, self.state, self.s, self.t, self.learns), [self.hidden], [hidden]
+    def leaf(self) -> tuple["Endpoint", list[Weight]]:
+        """The same from a leaf of the graph in place of what it was made of."""
+        hidden = Weight.of(self.hidden, self.hidden)
+        return Endpoint(self.flow_map, hidden.leaf, self.state, self.s, self.t, self.learns), [hidden]
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,12 +191,18 @@ class MovingEndpoint:
     learns: bool
 
     @cached_property
-    def tangent(self) -> Tangent:
+    def readout(self) -> MovingReadout:
+        """What its logits and their derivative are made of."""
         with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
-            logits, rate = self.flow_map.denoiser.logits_with_tangent(self.hidden, self.state, self.times, self.dx)
-            log_mu = (logits / self.flow_map.temperature).log_softmax(-1)
-            mu, rate = log_mu.exp(), rate / self.flow_map.temperature
-            return Tangent(log_mu, mu, rate - (mu * rate).sum(-1, keepdim=True))
+            readout = self.flow_map.denoiser.readout_with_tangent(self.hidden, self.state, self.times, self.dx)
+            return readout.divided(self.flow_map.temperature)
+
+    @property
+    def tangent(self) -> Tangent:
+        logits, rate = self.readout.logits()
+        log_mu = logits.log_softmax(-1)
+        mu = log_mu.exp()
+        return Tangent(log_mu, mu, rate - (mu * rate).sum(-1, keepdim=True))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -200,11 +218,11 @@ class MovingEndpoint:
         """The endpoint alone, without gradient."""
         return Endpoint(self.flow_map, self.hidden[0].detach(), self.state, self.times[0], self.times[1], False)
 
-    def leaf(self) -> tuple["MovingEndpoint", list[Tensor], list[Tensor]]:
+    def leaf(self) -> tuple["MovingEndpoint", list[Weight]]:
         """As `Endpoint.leaf`."""
-        a, b = (h.detach().requires_grad_(h.requires_grad) for h in self.hidden)
-        moving = MovingEndpoint(self.flow_map, (a, b), self.state, self.times, self.dx, self.learns)
-        return moving, list(self.hidden), [a, b]
+        hidden = [Weight.of(h, h) for h in self.hidden]
+        pair = (hidden[0].leaf, hidden[1].leaf)
+        return MovingEndpoint(self.flow_map, pair, self.state, self.times, self.dx, self.learns), hidden
 
 
 @dataclass(frozen=True)
@@ -288,10 +306,4 @@ class FlowMap:
 def positionwise(endpoint: Endpoint, work: Callable[[Tensor, Tile], Shaped[Tensor, "_ n"]]) -> Shaped[Tensor, "b l"]:
     """A number per position from log mu there, tile by tile."""
     tile = endpoint.flow_map.denoiser.tile
-    return over_tiles(lambda tile: work(tile(endpoint).log, tile)[..., None], *endpoint.shape, tile)[..., 0]
-
-
-def kl_divergence(target: Float[Tensor, "b l v"], log_model: Float[Tensor, "b l v"]) -> Float[Tensor, "b l"]:
-    """KL(target || model) per position, nats; no gradient reaches the target."""
-    target = target.detach()
-    return -(torch.special.entr(target) + target * log_model).sum(-1)
+    return over_tiles(lambda tile: work(tile(endpoint).log, tile)[..., None], endpoint.shape, tile)[..., 0]

@@ -7,6 +7,7 @@ Source: docs/steering.md.
 """
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from catmaps.flow.flow_map import FlowMap
 from catmaps.flow.interpolant import AnyState, State
-from catmaps.tiles import Readout
+from catmaps.tiles import MovingReadout, Readout, Weight
 
 
 class Derived(ABC):
@@ -50,17 +51,17 @@ class Derived(ABC):
     def readout(self, hidden: Tensor, state: AnyState, s: Tensor, t: Tensor) -> Readout:
         return Readout(hidden)
 
-    def logits_with_tangent(
+    def readout_with_tangent(
         self,
         hidden: tuple[Tensor, Tensor],
         state: AnyState,
         times: tuple[Tensor, Tensor, Tensor, Tensor],
         dx: AnyState | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        return hidden
+    ) -> MovingReadout:
+        return MovingReadout(Readout(hidden[0]), Readout(hidden[1]))
 
-    def readout_parameters(self) -> list[Tensor]:
-        return []
+    def readout_weights(self) -> AbstractContextManager[list[Weight]]:
+        return nullcontext([])
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,10 @@ class State:
         batch, length, vocab_size = self.x.shape
         return batch, length, vocab_size
 
+    @property
+    def requires_grad(self) -> bool:
+        return self.x.requires_grad
+
     def __getitem__(self, rows: slice | Tensor) -> "State":
         """The state of some sequences of the batch."""
         return State(self.x[rows])
@@ -92,6 +96,7 @@ class Combination:
 
     terms: tuple[tuple[Float[Tensor, "b l"], Source], ...]
     shape: tuple[int, int, int]
+    requires_grad = False
 
     @property
     def batch_size(self) -> int:

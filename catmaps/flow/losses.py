@@ -16,18 +16,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from catmaps.flow.flow_map import Endpoint, FlowMap, kl_divergence
+from catmaps.flow.flow_map import Endpoint, FlowMap
 from catmaps.flow.interpolant import AnyState, advance, move, step_fraction
 from catmaps.flow.reduction import TokenLoss, weighted_sum
 from catmaps.flow.times import Pair
-from catmaps.tiles import Readout, Tile, fused
+from catmaps.tiles import MovingReadout, Readout, Tile, fused
 
 RATIO_FLOOR = 1e-2  # floor of the target of (12), as a share of the map; at an exact map they are equal
 
 
-def _shifted(readout: Readout) -> Tensor:
+def _shifted(logits: Tensor) -> Tensor:
     """Logits with largest 0."""
-    logits = readout.logits()
     return logits - logits.amax(-1, keepdim=True).detach()
 
 
@@ -38,7 +37,7 @@ def _shifted(readout: Readout) -> Tensor:
 @fused
 def _cross_entropy(now: Readout, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """-log mu[token] and ||e - mu||^2."""
-    logits = _shifted(now)
+    logits = _shifted(now.logits())
     own = torch.arange(logits.shape[-1], device=logits.device) == tokens[..., None]
     weight = logits.exp()
     total = weight.sum(-1)
@@ -65,15 +64,15 @@ def endpoint_cross_entropy(
     return weighted_sum(work, flow_map.read(state, t, t), weight)
 
 
-def _kl_to(target: Tensor, now: Readout) -> Tensor:
-    """KL(target || mu) for a target that sums to 1."""
-    logits, target = _shifted(now), target.detach()
+def _kl_to(target: Tensor, logits: Tensor) -> Tensor:
+    """KL(target || mu) for a target that sums to 1, from `_shifted` logits of mu."""
+    target = target.detach()
     return logits.exp().sum(-1).log() - (torch.special.entr(target) + target * logits).sum(-1)
 
 
 @fused
 def _kl(target: Readout, now: Readout) -> Tensor:
-    return _kl_to(target.logits().softmax(-1), now)
+    return _kl_to(target.logits().softmax(-1), _shifted(now.logits()))
 
 
 def soft_cross_entropy(
@@ -99,7 +98,7 @@ def _first_share(times: Pair) -> Float[Tensor, "b #l"]:
 @fused
 def _kl_of_mixture(first: Readout, second: Readout, share: Tensor, now: Readout) -> Tensor:
     one, other = first.logits().softmax(-1), second.logits().softmax(-1)
-    return _kl_to(torch.lerp(other, one, share[..., None].to(one.dtype)), now)
+    return _kl_to(torch.lerp(other, one, share[..., None].to(one.dtype)), _shifted(now.logits()))
 
 
 def _towards(
@@ -155,6 +154,23 @@ def _along_t(times: Pair) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(moving), moving
 
 
+def _moving(now: MovingReadout) -> tuple[Tensor, Tensor, Tensor]:
+    """`_shifted` logits, mu, and d mu = mu (dz - <mu, dz>)."""
+    logits, rate = now.logits()
+    logits = _shifted(logits)
+    weight = logits.exp()
+    total = weight.sum(-1, keepdim=True)
+    mean = (weight * rate).sum(-1, keepdim=True) / total
+    mu = weight / total
+    return logits, mu, mu * (rate - mean)
+
+
+@fused
+def _lagrangian(now: MovingReadout, target: Readout, factor: Tensor) -> Tensor:
+    _, mu, rate = _moving(now)
+    return (mu - target.logits().softmax(-1) + factor[..., None] * rate).square().sum(-1)
+
+
 def lsd(flow_map: FlowMap, teacher: FlowMap, state: AnyState, times: Pair, weight: Float[Tensor, "b l"]) -> TokenLoss:
     """Lagrangian self-distillation: squared norm over the vocabulary of
 
@@ -171,11 +187,15 @@ def lsd(flow_map: FlowMap, teacher: FlowMap, state: AnyState, times: Pair, weigh
         target = teacher.read(advance(state, now.still(), gamma), t, t)
 
     def work(now: Any, tile: Tile) -> tuple[Tensor, Tensor | None]:
-        mu, rate = now.tangent.endpoint, now.tangent.endpoint_rate
-        residual = mu - tile(target).x + tile((1 - t) * gamma)[..., None] * rate
-        return residual.square().sum(-1), None
+        return _lagrangian(now.readout, tile(target).readout, tile((1 - t) * gamma)), None
 
     return weighted_sum(work, now, weight)
+
+
+@fused
+def _consistency(now: MovingReadout, target: Readout, factor: Tensor) -> Tensor:
+    logits, _, rate = _moving(now)
+    return 2 * _kl_to(target.logits().softmax(-1), logits) + 2 * factor * rate.square().sum(-1)
 
 
 def ecld(flow_map: FlowMap, teacher: FlowMap, state: AnyState, times: Pair, weight: Float[Tensor, "b l"]) -> TokenLoss:
@@ -195,10 +215,17 @@ def ecld(flow_map: FlowMap, teacher: FlowMap, state: AnyState, times: Pair, weig
         target = teacher.read(advance(state, now.still(), gamma), t, t)
 
     def work(now: Any, tile: Tile) -> tuple[Tensor, Tensor | None]:
-        energy = tile(((1 - t) * gamma).square()) * now.tangent.endpoint_rate.square().sum(-1)
-        return 2 * kl_divergence(tile(target).x, now.tangent.log_endpoint) + 2 * energy, None
+        return _consistency(now.readout, tile(target).readout, tile(((1 - t) * gamma).square())), None
 
     return weighted_sum(work, now, weight)
+
+
+@fused
+def _eulerian(along: MovingReadout, base: Readout, shares: tuple[Tensor, Tensor], now: Readout) -> Tensor:
+    _, mu, rate = _moving(along)
+    residual = shares[0][..., None] * (mu - base.logits().softmax(-1)) - shares[1][..., None] * rate
+    target = (mu - residual).maximum(RATIO_FLOOR * mu)
+    return _kl_to(target / target.sum(-1, keepdim=True), _shifted(now.logits()))
 
 
 def esd(flow_map: FlowMap, teacher: FlowMap, state: AnyState, times: Pair, weight: Float[Tensor, "b l"]) -> TokenLoss:
@@ -223,12 +250,8 @@ def esd(flow_map: FlowMap, teacher: FlowMap, state: AnyState, times: Pair, weigh
         along = flow_map.read_with_tangent(state, s, t, ds=moving, dt=torch.zeros_like(t), dx=drift)
 
     def work(now: Any, tile: Tile) -> tuple[Tensor, Tensor | None]:
-        with torch.no_grad():
-            mu, rate = tile(along).tangent.endpoint, tile(along).tangent.endpoint_rate
-            residual = tile(1 - t)[..., None] * (mu - tile(base).x) - tile((1 - s) * (t - s))[..., None] * rate
-            target = (mu - residual).maximum(RATIO_FLOOR * mu)
-            target = target / target.sum(-1, keepdim=True)
-        return _kl_to(target, now.readout), None
+        shares = tile(1 - t), tile((1 - s) * (t - s))
+        return _eulerian(tile(along).readout, tile(base).readout, shares, now.readout), None
 
     return weighted_sum(work, flow_map.read(state, s, t), weight)
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from catmaps.flow.flow_map import Endpoint, MovingEndpoint
-from catmaps.tiles import Tile, split
+from catmaps.tiles import Tile, add_gradients, split
 
 
 class TokenLoss(NamedTuple):
@@ -36,33 +36,25 @@ def weighted_sum(work: Work, learner: Endpoint | MovingEndpoint, weight: Float[T
     if len(tiles) == 1:
         values, errors = work(learner, tiles[0])
         return TokenLoss(_total(values, weight), values.detach(), errors)
-    leaf, made_of, leaves = learner.leaf()
-    read = learner.flow_map.denoiser.readout_parameters()
-    sources = [x for x in (*made_of, *read) if x.requires_grad] if torch.is_grad_enabled() else []
-    targets = [x for x in (*leaves, *read) if x.requires_grad]
-    gradients: list[Tensor | None] = [None] * len(sources)
-    total, parts = weight.new_zeros(()), []
-    while tiles:  # a tile is dropped once it is done, with all that it remembers
-        tile = tiles.pop(0)
-        values, errors = work(tile(leaf), tile)
-        share = _total(values, tile(weight))
-        if sources:
-            parts_ = torch.autograd.grad(share, targets, allow_unused=True)
-            gradients = [
-                b if a is None else a if b is None else a.add_(b) for a, b in zip(gradients, parts_, strict=True)
-            ]
-        total = total + share.detach()
-        parts.append((values.detach(), errors))
+    leaf, hidden = learner.leaf()
+    total, parts, gradients = weight.new_zeros(()), [], None
+    with learner.flow_map.denoiser.readout_weights() as read:
+        weights = [w for w in (*hidden, *read) if w.leaf.requires_grad] if torch.is_grad_enabled() else []
+        while tiles:  # a tile is dropped once it is done, with all that it remembers
+            tile = tiles.pop(0)
+            values, errors = work(tile(leaf), tile)
+            share = _total(values, tile(weight))
+            if weights:
+                own = torch.autograd.grad(share, [w.leaf for w in weights], allow_unused=True)
+                gradients = add_gradients(gradients or [None] * len(weights), own, weights)
+            total = total + share.detach()
+            parts.append((values.detach(), errors))
     values = torch.cat([values for values, _ in parts], 1).view(weight.shape)
     known = [errors for _, errors in parts if errors is not None]
     errors = torch.cat(known, 1).view(weight.shape) if known else None
-    return TokenLoss(_Replay.apply(total, gradients, *sources) if sources else total, values, errors)
-
-
-def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    if total is None or part is None:
-        return part if total is None else total
-    return total.add_(part)
+    whole = _Replay.apply(total, gradients, *(w.parameter for w in weights)) if weights else total
+    assert isinstance(whole, Tensor)
+    return TokenLoss(whole, values, errors)
 
 
 def _total(values: Tensor, weight: Tensor) -> Tensor:

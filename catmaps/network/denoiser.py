@@ -1,7 +1,8 @@
 """The network as the mathematics sees it: encode a state, then logits for any of its positions."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
@@ -10,10 +11,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from catmaps.network import tangent
 from catmaps.network.embedding import BeliefEmbedding, Conditioner, KeptCast, LinearEmbedding, distinct
 from catmaps.network.trunk import Trunk
-from catmaps.tiles import NUMBERS, Projection, Readout, Tile, over_tiles
+from catmaps.tiles import NUMBERS, MovingReadout, Projection, Readout, Tile, Weight, over_tiles
 
 
 @runtime_checkable
@@ -27,6 +27,8 @@ class NoisyText(Protocol):
 
     @property
     def shape(self) -> tuple[int, int, int]: ...
+    @property
+    def requires_grad(self) -> bool: ...
     def cut(self, tile: Tile) -> "NoisyText": ...
     def project(self, projection: Projection) -> Tensor: ...
 
@@ -90,7 +92,7 @@ class FlowNetwork(nn.Module):
     def __init__(self, config: NetworkConfig, features: Features, gains: tuple[Gain, Gain], log_prior: Tensor) -> None:
         super().__init__()
         self.config, self.precision, self.tile = config, torch.float32, NUMBERS
-        self._cast = KeptCast()
+        self._cast, self._leaf = KeptCast(), None
         vocab_size, width = len(log_prior), config.width
         self.register_buffer("log_prior", log_prior.float())
         self.features, (self.gain_in, self.gain_out) = features, gains
@@ -147,13 +149,30 @@ class FlowNetwork(nn.Module):
         if self.projects:
             with torch.autocast(weight.device.type, enabled=False):
                 return state.project(self.embedding.projection(self.precision))
-        return over_tiles(lambda tile: F.linear(tile(state).x.to(weight.dtype), weight), *state.shape, self.tile)
+        return over_tiles(lambda tile: F.linear(tile(state).x.to(weight.dtype), weight), state.shape, self.tile)
 
     def _embed(self, state: NoisyText, gain: Tensor, s: Tensor) -> Tensor:
         if isinstance(self.embedding, LinearEmbedding):
             return self.embedding(self._project(state), s)
         embedding = self.embedding
-        return over_tiles(lambda tile: embedding(tile(state).x, tile(gain), self.log_prior), *state.shape, self.tile)
+
+        def work(tile: Tile, table: Tensor, gain: Tensor) -> Tensor:
+            return embedding.forward(
+                tile(state).x, tile(gain), self.log_prior, table
+            )  # hooks do not suit a redone tile
+
+        return self._in_tiles(work, state, embedding, gain)
+
+    def _in_tiles(
+        self, work: Callable[..., Tensor], state: NoisyText, embedding: BeliefEmbedding, *gains: Tensor
+    ) -> Tensor:
+        """`work` of (tile, table, *gains)."""
+        table = embedding.table.weight
+        if state.requires_grad:
+            return over_tiles(lambda tile: work(tile, table, *gains), state.shape, self.tile)
+        cast = embedding.cast(table, self.precision)
+        weights = [(table, cast), *((gain, gain) for gain in gains)]
+        return over_tiles(work, state.shape, self.tile, weights)
 
     def _embed_with_tangent(
         self, state: tuple[NoisyText, NoisyText | None], gain: tuple[Tensor, Tensor], s: tuple[Tensor, Tensor]
@@ -164,26 +183,29 @@ class FlowNetwork(nn.Module):
             return self.embedding.forward_with_tangent((self._project(x), dz), s)
         embedding = self.embedding
 
-        def work(tile: Tile) -> Tensor:
+        def work(tile: Tile, table: Tensor, gain: Tensor, rate: Tensor) -> Tensor:
             pair = (tile(x).x, None if dx is None else tile(dx).x)
-            return torch.cat(embedding.forward_with_tangent(pair, (tile(gain[0]), tile(gain[1])), self.log_prior), -1)
+            return torch.cat(embedding.forward_with_tangent(pair, (tile(gain), tile(rate)), self.log_prior, table), -1)
 
-        y, dy = over_tiles(work, *x.shape, self.tile).chunk(2, -1)
+        y, dy = self._in_tiles(work, x, embedding, *gain).chunk(2, -1)
         return y, dy
 
     def readout(
         self, hidden: Float[Tensor, "b l d"], state: NoisyText, s: Float[Tensor, "b #l"], t: Float[Tensor, "b #l"]
     ) -> Readout:
         """What the endpoint's logits are made of; position by position."""
-        if torch.is_grad_enabled():
-            with self._autocast():
-                context = self.head(hidden)
-        else:  # one cast serves all tiles and calls until the weights change
-            weight = self._cast(self.head.weight, self.precision)
-            context = F.linear(hidden.to(weight.dtype), weight)
+        context = self._context(hidden)
         if self.config.skip:
             return Readout(context, self.log_prior, self.gain_out(s, t), state.x)
         return Readout(context, self.log_prior)
+
+    def _context(self, hidden: Float[Tensor, "*b l d"]) -> Float[Tensor, "*b l v"]:
+        """The head's product; without gradients one cast serves all tiles and calls until the weights change."""
+        weight = self.head.weight if self._leaf is None else self._leaf
+        if not torch.is_grad_enabled():
+            weight = self._cast(weight, self.precision)
+        with self._autocast():
+            return F.linear(hidden.to(weight.dtype), weight)
 
     def logits(
         self,
@@ -195,37 +217,37 @@ class FlowNetwork(nn.Module):
         """Logits of the endpoint, fp32 (fp64 for fp64 states): context + log prior + gain x."""
         return self.readout(hidden, state, s, t).logits()
 
-    def logits_with_tangent(
+    def readout_with_tangent(
         self,
         hidden: tuple[Float[Tensor, "b l d"], Float[Tensor, "b l d"]],
         state: NoisyText,
         times: tuple[Tensor, Tensor, Tensor, Tensor],
         dx: NoisyText | None = None,
-    ) -> tuple[Float[Tensor, "b l v"], Float[Tensor, "b l v"]]:
-        """`logits` and its derivative; `times` = (s, t, ds, dt)."""
-        with self._autocast():
-            context, dcontext = tangent.linear(self.head, *hidden)
-        wide = _at_least_single(context.dtype)
-        logits, dlogits = context.to(wide) + self.log_prior, dcontext.to(wide)
-        if self.config.skip:
-            gain, dgain = (g[..., None] for g in self.gain_out.tangent(*times))
-            logits, dlogits = logits + gain * state.x, dlogits + dgain * state.x
-            dlogits = dlogits if dx is None else dlogits + gain * dx.x
-        return logits, dlogits
+    ) -> MovingReadout:
+        """`readout` and its derivative; `times` = (s, t, ds, dt)."""
+        context, rate = self._context(torch.stack(hidden)).unbind(0)
+        if not self.config.skip:
+            return MovingReadout(Readout(context, self.log_prior), Readout(rate))
+        gain, gain_rate = self.gain_out.tangent(*times)
+        now = Readout(context, self.log_prior, gain, state.x)
+        return MovingReadout(now, Readout(rate, None, gain_rate, state.x), None if dx is None else dx.x)
 
-    def readout_parameters(self) -> list[Tensor]:
-        """What `logits` depends on besides its arguments."""
-        return [self.head.weight, *(self.gain_out.parameters() if self.config.skip else ())]
+    @contextmanager
+    def readout_weights(self) -> Iterator[list[Weight]]:
+        """What readouts depend on besides their arguments; while this is open they are made of its leaves."""
+        head = Weight.of(self.head.weight, self._cast(self.head.weight, self.precision))
+        gains = self.gain_out.parameters() if self.config.skip else ()
+        self._leaf = head.leaf
+        try:
+            yield [head, *(Weight(gain, gain) for gain in gains)]
+        finally:
+            self._leaf = None
 
     def num_parameters(self) -> tuple[int, int]:
         """(body, vocabulary): parameters outside and inside the two vocabulary tables."""
         total = sum(p.numel() for p in self.parameters())
         vocabulary = self.embedding.table.weight.numel() + self.head.weight.numel()
         return total - vocabulary, vocabulary
-
-
-def _at_least_single(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def smoothed_log_prior(counts: Float[Tensor, "v"]) -> Float[Tensor, "v"]:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from catmaps.network import tangent
-from catmaps.tiles import Projection, fused
+from catmaps.tiles import Projection, Weight, add_gradients, fused
 
 JITTER = 1e-6  # of the mean of the Gram matrix' diagonal: keeps its factor finite, far below fp32's own error in it
 
@@ -22,40 +22,6 @@ JITTER = 1e-6  # of the mean of the Gram matrix' diagonal: keeps its factor fini
 def _belief(x: Tensor, gain: Tensor, log_prior: Tensor, dtype: torch.dtype) -> Tensor:
     """In the dtype of the product that follows: written out once, in half the bytes."""
     return (log_prior + gain[..., None] * x).softmax(-1).to(dtype)
-
-
-class BeliefEmbedding(nn.Module):
-    """softmax(log prior + gain x) E."""
-
-    def __init__(self, vocab_size: int, width: int) -> None:
-        super().__init__()
-        self.table = nn.Linear(vocab_size, width, bias=False)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.table.weight)
-
-    def forward(
-        self,
-        x: Float[Tensor, "b l v"],
-        gain: Float[Tensor, "b #l"],
-        log_prior: Float[Tensor, "v"],
-    ) -> Float[Tensor, "b l d"]:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        return self.table(_belief(x, gain, log_prior, dtype))
-
-    def forward_with_tangent(
-        self,
-        x: tuple[Tensor, Tensor | None],
-        gain: tuple[Tensor, Tensor],
-        log_prior: Tensor,
-    ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b l d"]]:
-        dz = gain[1][..., None] * x[0]
-        if x[1] is not None:
-            dz = dz + gain[0][..., None] * x[1]
-        belief = tangent.softmax(log_prior + gain[0][..., None] * x[0], dz)
-        return tangent.linear(self.table, *belief)
 
 
 class KeptCast:
@@ -73,6 +39,46 @@ class KeptCast:
         if self._cast is None or self._of != of:
             self._of, self._cast = of, weight.detach().to(dtype)
         return self._cast
+
+
+class BeliefEmbedding(nn.Module):
+    """softmax(log prior + gain x) E. A call may bring a cast of the table E."""
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.table = nn.Linear(vocab_size, width, bias=False)
+        self.cast = KeptCast()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.table.weight)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b l v"],
+        gain: Float[Tensor, "b #l"],
+        log_prior: Float[Tensor, "v"],
+        table: Float[Tensor, "d v"] | None = None,
+    ) -> Float[Tensor, "b l d"]:
+        table = self.table.weight if table is None else table
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else table.dtype
+        return F.linear(_belief(x, gain, log_prior, dtype), table)
+
+    def forward_with_tangent(
+        self,
+        x: tuple[Tensor, Tensor | None],
+        gain: tuple[Tensor, Tensor],
+        log_prior: Tensor,
+        table: Tensor | None = None,
+    ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b l d"]]:
+        table = self.table.weight if table is None else table
+        dz = gain[1][..., None] * x[0]
+        if x[1] is not None:
+            dz = dz + gain[0][..., None] * x[1]
+        belief = tangent.softmax(log_prior + gain[0][..., None] * x[0], dz)
+        y, dy = F.linear(torch.stack(belief).to(table.dtype), table).unbind(0)
+        return y, dy
 
 
 class LinearEmbedding(nn.Module):
@@ -97,10 +103,10 @@ class LinearEmbedding(nn.Module):
         """W and its factor: made anew while W learns, else once for every change of W."""
         weight = self.table.weight
         if weight.requires_grad and torch.is_grad_enabled():
-            return Projection(weight, cholesky_factor(weight, precision), self._cast(weight, precision))
+            return Projection(*with_factor(weight, precision), self._cast(weight, precision))
         if self._known is None or self._known[:2] != (weight.data_ptr(), weight._version):
             with torch.no_grad():
-                self._known = (weight.data_ptr(), weight._version, cholesky_factor(weight))
+                self._known = (weight.data_ptr(), weight._version, with_factor(weight)[1])
         return Projection(weight.detach(), self._known[2], self._cast(weight, precision))
 
     def rms(self, s: Tensor) -> Tensor:
@@ -121,33 +127,38 @@ class LinearEmbedding(nn.Module):
         return y, dy if projected[1] is None else dy + projected[1] / rms
 
 
-class _Gram(torch.autograd.Function):
-    """W' W. Its gradient is symmetric by use, which halves the work of the backward pass."""
+class _WithGram(torch.autograd.Function):
+    """(W, W' W). The Gram matrix' gradient is symmetric by use, which halves the work of the backward pass, and is
+    added to the other one in place."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, precision: torch.dtype) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(weight)
+        ctx.set_materialize_grads(False)
         ctx.precision = precision if weight.dtype == torch.float32 else weight.dtype
-        return weight @ weight.mT
+        return weight.view_as(weight), weight @ weight.mT
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
-        (weight,) = ctx.saved_tensors
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, None]:
+        (weight,), (own, gram) = ctx.saved_tensors, upstream
+        if gram is None:
+            return own, None
         # In the precision of the layer's other gradients, where the run has bf16: the factor itself never has.
-        both = upstream[0] + upstream[0].mT
-        return (both.to(ctx.precision) @ weight.to(ctx.precision)).to(weight.dtype), None
+        part = (gram + gram.mT).to(ctx.precision) @ weight.to(ctx.precision)
+        return add_gradients([own], [part], [Weight(weight, weight)])[0], None
 
 
-def cholesky_factor(weight: Float[Tensor, "d v"], precision: torch.dtype = torch.float32) -> Float[Tensor, "d d"]:
-    """Lower C with C C' = W' W: n C' has the law of x_0 W for standard normal n (d) and x_0 (V).
+def with_factor(
+    weight: Float[Tensor, "d v"], precision: torch.dtype = torch.float32
+) -> tuple[Float[Tensor, "d v"], Float[Tensor, "d d"]]:
+    """W, and lower C with C C' = W' W: n C' has the law of x_0 W for standard normal n (d) and x_0 (V).
 
     In fp32 whatever the precision of the run, which the gradient's large product is in. Source: docs/maths.md (h).
     """
     with torch.autocast(weight.device.type, enabled=False):
-        gram = _Gram.apply(weight, precision)
-        assert isinstance(gram, Tensor)
+        weight, gram = _WithGram.apply(weight, precision)  # pyright: ignore[reportGeneralTypeIssues]
         floor = JITTER * gram.detach().diagonal().mean()
-        return torch.linalg.cholesky(gram + floor * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+        return weight, torch.linalg.cholesky(gram + floor * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
 
 
 class Conditioner(nn.Module):

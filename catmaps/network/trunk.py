@@ -75,6 +75,9 @@ def gated(x: Tensor, dx: Tensor, gate: tuple[Tensor, Tensor], y: tuple[Tensor, T
     return x + (1 + gate[0]) * y[0], dx + (1 + gate[0]) * y[1] + gate[1] * y[0]
 
 
+Pair = tuple[Tensor, Tensor]
+
+
 class Block(nn.Module):
     """One transformer block of width d; `modulation` holds shift, scale, gate of both halves, (B, K, 6 d)."""
 
@@ -105,11 +108,16 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "b l d"],
-        condition: Float[Tensor, "b k c"],
+        x: Float[Tensor, "b l d"] | Pair,
+        condition: Float[Tensor, "b k c"] | Pair,
         index: Int[Tensor, "b l"] | None,
         wave: Float[Tensor, "2 l half"],
-    ) -> Float[Tensor, "b l d"]:
+    ) -> Float[Tensor, "b l d"] | Pair:
+        """The block, or of pairs (value, tangent) `with_tangent`: compilers and hooks see calls of the module alone."""
+        if isinstance(x, tuple):
+            assert isinstance(condition, tuple)
+            return self.with_tangent(x, condition, index, wave)
+        assert isinstance(condition, Tensor)
         shift1, scale1, gate1, shift2, scale2, gate2 = (
             select(m, index) for m in self.modulation(condition).chunk(6, -1)
         )
@@ -117,11 +125,11 @@ class Block(nn.Module):
         q, k, v = self._split_heads(self.qkv(y))
         q, k = rotate(head_norm(self.query_norm, q), wave), rotate(head_norm(self.key_norm, k), wave)
         y = attention(q, k, v, self.causal)
-        x = x + (1 + gate1) * self.attention_out(y.transpose(1, 2).flatten(2))
-        y = F.rms_norm(x, x.shape[-1:], eps=EPS) * (1 + scale2) + shift2
-        return x + (1 + gate2) * self.down(F.relu(self.up(y)).square())
+        z = x + (1 + gate1) * self.attention_out(y.transpose(1, 2).flatten(2))
+        y = F.rms_norm(z, z.shape[-1:], eps=EPS) * (1 + scale2) + shift2
+        return z + (1 + gate2) * self.down(F.relu(self.up(y)).square())
 
-    def forward_with_tangent(
+    def with_tangent(
         self,
         x: tuple[Float[Tensor, "b l d"], Float[Tensor, "b l d"]],
         condition: tuple[Float[Tensor, "b k c"], Float[Tensor, "b k c"]],
@@ -157,14 +165,20 @@ class FinalNorm(nn.Module):
         nn.init.zeros_(self.modulation.bias)
 
     def forward(
-        self, x: Float[Tensor, "b l d"], condition: Float[Tensor, "b k c"], index: Int[Tensor, "b l"] | None
-    ) -> Float[Tensor, "b l d"]:
+        self,
+        x: Float[Tensor, "b l d"] | Pair,
+        condition: Float[Tensor, "b k c"] | Pair,
+        index: Int[Tensor, "b l"] | None,
+    ) -> Float[Tensor, "b l d"] | Pair:
+        """As `Block.forward`."""
+        if isinstance(x, tuple):
+            assert isinstance(condition, tuple)
+            return self.with_tangent(x, condition, index)
+        assert isinstance(condition, Tensor)
         shift, scale = (select(m, index) for m in self.modulation(condition).chunk(2, -1))
         return F.rms_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
 
-    def forward_with_tangent(
-        self, x: tuple[Tensor, Tensor], condition: tuple[Tensor, Tensor], index: Int[Tensor, "b l"] | None
-    ) -> tuple[Tensor, Tensor]:
+    def with_tangent(self, x: Pair, condition: Pair, index: Int[Tensor, "b l"] | None) -> Pair:
         """`forward` and its derivative along a tangent of (x, condition)."""
         m, dm = tangent.linear(self.modulation, *condition)
         (shift, scale), (dshift, dscale) = m.chunk(2, -1), dm.chunk(2, -1)
@@ -205,6 +219,5 @@ class Trunk(nn.Module):
         """`forward` and its derivative along a tangent of (x, condition)."""
         wave = self._waves(x[0])
         for block in self.blocks:
-            assert isinstance(block, Block)
-            x = block.forward_with_tangent(x, condition, index, wave)
-        return self.final_norm.forward_with_tangent(x, condition, index)
+            x = block(x, condition, index, wave)
+        return self.final_norm(x, condition, index)

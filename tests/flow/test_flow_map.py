@@ -21,7 +21,7 @@ from oracle import (
 )
 from torch import Tensor
 
-from catmaps.flow.flow_map import FlowMap, kl_divergence
+from catmaps.flow.flow_map import FlowMap
 from catmaps.flow.interpolant import State
 
 JOINT = random_joint(3, 2, seed=1, spread=1.2)
@@ -146,17 +146,6 @@ def test_endpoint_with_tangent_is_the_directional_derivative(moved: str) -> None
     torch.testing.assert_close(tangent.logit_rate, (ahead.log() - behind.log()) / (2 * h), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(tangent.endpoint, flow_map.endpoint(state, s, t))
     torch.testing.assert_close(tangent.log_endpoint, tangent.endpoint.log())
-
-
-def test_kl_divergence() -> None:
-    target = torch.tensor([[[1.0, 0.0], [0.25, 0.75]]], requires_grad=True)
-    model = torch.tensor([[[0.5, 0.5], [0.5, 0.5]]], requires_grad=True)
-    value = kl_divergence(target, model.log())
-    expected = [[math.log(2), 0.25 * math.log(0.5) + 0.75 * math.log(1.5)]]
-    torch.testing.assert_close(value, torch.tensor(expected))
-    value.sum().backward()
-    assert target.grad is None
-    assert model.grad is not None
 
 
 # ---- identities of an exact map, written out from definitions

@@ -54,7 +54,7 @@ def test_a_causal_trunk_refuses_tangents() -> None:
     block = trunk.Block(8, 2, 4, 2, causal=True)
     x, condition = torch.zeros(1, 3, 8), torch.zeros(1, 1, 4)
     with pytest.raises(AssertionError):
-        block.forward_with_tangent((x, x), (condition, condition), None, trunk.rope_waves(3, 4))
+        block.with_tangent((x, x), (condition, condition), None, trunk.rope_waves(3, 4))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
