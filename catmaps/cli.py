@@ -51,6 +51,7 @@ COMMANDS = {
     "info": Entry("what a run is: catmaps info RUN", "info"),
     "data": Entry("token shards from your text: catmaps data build PATH... --out DIR", "data"),
     "eval": Entry("standard benchmarks by lm-eval: catmaps eval RUN --tasks piqa | --offline-tasks", "eval"),
+    "export": Entry("a directory for Hugging Face: catmaps export RUN --out DIR", "export"),
     "steer": Entry("write texts towards a reward: catmaps steer RUN --reward contains:WORD", "steer"),
 }
 

@@ -155,14 +155,32 @@ def to_json(config: Config) -> str:
     return json.dumps(asdict(config), indent=2) + "\n"
 
 
+HUB_TYPE = "catmaps"
+"""The `model_type` of an exported directory's config.json, which holds the run's configuration as `run`."""
+
+
+def is_exported(values: Any) -> bool:
+    """Whether a config.json is that of an exported directory rather than of a run's folder."""
+    return isinstance(values, dict) and values.get("model_type") == HUB_TYPE
+
+
 def from_json(text: str, where: str) -> Config:
-    """Reads a configuration back, strictly: unknown and missing fields are named.
+    """Reads a configuration back, a run's or an exported one's, strictly: unknown and missing fields are named.
 
     Raises:
         UserError: Not JSON, or fields that this version does not know; `where` is the file's name.
     """
     try:
-        return _build(Config, json.loads(text), "")
+        values = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where} is not a configuration of this version of catmaps: {error}") from error
+    return config_from(values.get("run") if is_exported(values) else values, where)
+
+
+def config_from(values: Any, where: str) -> Config:
+    """`from_json` of what stood in the file."""
+    try:
+        return _build(Config, values, "")
     except ValueError as error:
         raise UserError(f"{where} is not a configuration of this version of catmaps: {error}") from error
 

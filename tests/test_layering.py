@@ -21,6 +21,7 @@ OPTIONAL = {
     "gguf",
     "accelerate",
 }  # extras: a bare install must import every module
+WRAPPERS = {"hub/modeling.py", "hub/generating.py"}  # transformers' classes: imported by users of transformers alone
 PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 
@@ -142,7 +143,10 @@ def test_only_training_knows_the_engine(path: Path) -> None:
 @pytest.mark.parametrize("path", [p for p in FILES if p not in below("training")], ids=short)
 def test_extras_are_imported_where_they_are_used(path: Path) -> None:
     at_load = imports_at_load(path.read_text(), package_of(path))
-    assert not {name for name in at_load if inside(name, *OPTIONAL, "catmaps.training")}
+    wrapper = short(path) in WRAPPERS
+    wrappers = () if wrapper else ("catmaps.hub.modeling", "catmaps.hub.generating")
+    needed = OPTIONAL - {"transformers"} if wrapper else OPTIONAL
+    assert not {name for name in at_load if inside(name, *needed, *wrappers, "catmaps.training")}
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p not in below("training")], ids=short)
