@@ -49,7 +49,8 @@ class SamplingConfig:
 
     def times(self, run: Run) -> Float[Tensor, "n"]:
         """The sampler's grid on the run's clock."""
-        return grid(run.clock, self.steps, BENDS.get(self.sampler, 1.0))
+        bend = 1.0 if run.config.published is not None else BENDS.get(self.sampler, 1.0)
+        return grid(run.clock, self.steps, bend)
 
     @property
     def calls(self) -> int:
@@ -73,13 +74,14 @@ class SamplingConfig:
 def default_sampling(run: Run, steps: int | None = None) -> SamplingConfig:
     """A map jumps and renoises, in 4 calls; a base is followed by 64 Euler steps, as a baseline by 64 ancestral ones.
 
-    An autoregressive run makes one call per token, whatever is asked for.
+    An autoregressive run makes one call per token, whatever is asked for; an imported map jumps along the map.
     """
     if run.baseline is not None:
         calls = run.config.data.length if run.baseline.sequential else 64 if steps is None else steps
         return SamplingConfig(steps=calls, sampler=ANCESTRAL)
     if run.is_map:
-        return SamplingConfig(steps=4 if steps is None else steps)
+        sampler = "renoise" if run.config.published is None else "flow_map"
+        return SamplingConfig(steps=4 if steps is None else steps, sampler=sampler)
     return SamplingConfig(steps=64 if steps is None else steps, sampler="euler")
 
 

@@ -26,7 +26,8 @@ from catmaps.flow.flow_map import FlowMap
 from catmaps.flow.likelihood import Bound, nelbo
 from catmaps.flow.times import Law
 from catmaps.network.denoiser import FlowNetwork, NetworkConfig
-from catmaps.network.tokens import Network, TokenNetwork
+from catmaps.network.published import PublishedConfig, PublishedNetwork
+from catmaps.network.tokens import Flow, Network, TokenNetwork
 from catmaps.text.tokenizers import Tokenizer
 from catmaps.text.tokenizers import load as load_tokenizer
 from catmaps.tiles import Fusion
@@ -41,6 +42,12 @@ PRECISION = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def _warp(vocab_size: int) -> Law:
     with torch.device("cpu"):  # also where a network is put together without memory, on "meta"
         return times.warp(vocab_size)
+
+
+@cache
+def _decoding_error(vocab_size: int) -> Law:
+    with torch.device("cpu"):
+        return times.decoding_error(vocab_size)
 
 
 def best_device() -> torch.device:
@@ -62,8 +69,16 @@ def build_baseline(family: Family, config: NetworkConfig, log_prior: Float[Tenso
     return TokenNetwork(config, features, log_prior, special=family.special, causal=family.causal)
 
 
+def build_published(config: NetworkConfig, published: PublishedConfig, vocab_size: int) -> PublishedNetwork:
+    """A fresh network of a published architecture; flm's is told the decoding-error warp of its times, eq. (7)."""
+    clock = _decoding_error(vocab_size).cdf if published.kind == "flm" else torch.clone
+    return PublishedNetwork(config, published, vocab_size, clock)
+
+
 def network_of(config: Config, log_prior: Float[Tensor, "v"]) -> Network:
     """A fresh network for a run."""
+    if config.published is not None:
+        return build_published(config.network, config.published, len(log_prior))
     if config.family == "flow":
         return build_network(config.network, log_prior)
     return build_baseline(FAMILIES[config.family], config.network, log_prior)
@@ -73,6 +88,8 @@ def starting_law(config: ClockConfig, vocab_size: int) -> Law:
     """The law of time before any adaptation."""
     if config.law == "uniform":
         return times.uniform()
+    if config.law == "decoding_error":
+        return _decoding_error(vocab_size)
     return times.logit_normal() if config.law == "logit_normal" else _warp(vocab_size)
 
 
@@ -82,7 +99,7 @@ FUSED_VOCABULARY = 1024  # from here on a tile's arithmetic is worth compiling
 def configure(network: Network, config: TrainingConfig) -> None:
     """Sets how a network computes: precision of products, size of tiles."""
     network.precision = PRECISION[config.precision]
-    if isinstance(network, FlowNetwork):
+    if not isinstance(network, TokenNetwork):
         network.tile = config.tile_numbers(network.projects)
 
 
@@ -121,7 +138,7 @@ class Run:
         return torch.Generator(self.device).manual_seed(seed)
 
     @property
-    def flow_network(self) -> FlowNetwork:
+    def flow_network(self) -> Flow:
         """UserError for a baseline."""
         if isinstance(self.network, TokenNetwork):
             raise UserError(f"run {self.path} is of family {self.config.family}: this needs a run of family flow")
@@ -134,6 +151,8 @@ class Run:
     @property
     def is_map(self) -> bool:
         """Whether it was trained off the diagonal: a flow map rather than a base."""
+        if self.config.published is not None:
+            return self.config.published.arrival
         return self.config.objective.off_diagonal > 0
 
     @property

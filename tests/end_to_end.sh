@@ -56,6 +56,7 @@ linear=(--data.shards shards --network.input linear --network.skip False --train
 "$catmaps" distill --from linear --out linear-map "${fast[@]}" --training.steps 4 --json | json 'd["complete"]'
 "$catmaps" sample linear-map --num 1 --json | json 'd["texts"]'
 
+refused 'misses' "$catmaps" import map --format flm --out imported
 refused 'preset' "$catmaps" train nonesuch
 refused 'wdth' "$catmaps" train tiny --network.wdth 3
 refused 'nowhere' "$catmaps" sample nowhere

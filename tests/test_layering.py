@@ -153,8 +153,10 @@ def test_extras_are_imported_where_they_are_used(path: Path) -> None:
 def test_files_from_elsewhere_never_run_code(path: Path) -> None:
     assert not {name for name in imports_of(path) if inside(name, *PICKLES)}
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-    names = {ast.unparse(call.func) for call in calls}
-    assert not names & {"torch.load", "torch.save"}
+    plain = [call for call in calls if "weights_only=True" in {ast.unparse(keyword) for keyword in call.keywords}]
+    # Published checkpoints may be pickles: torch's reader of plain tensors is for them alone.
+    named = {ast.unparse(call.func) for call in calls if short(path) != "hub/sources.py" or call not in plain}
+    assert not named & {"torch.load", "torch.save"}
     keywords = {ast.unparse(keyword) for call in calls for keyword in call.keywords}
     assert not keywords & {"allow_pickle=True", "weights_only=False", "trust_remote_code=True"}
 

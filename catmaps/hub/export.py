@@ -41,12 +41,7 @@ def export(run: Run, out: Path, *, licence: str | None = None) -> list[Path]:
     Raises:
         UserError: The folder is not empty or cannot be made.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty: choose another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {out} ({error.strerror}); choose another --out") from error
+    new_folder(out)
     write_tensors({HUB_PREFIX + name: tensor for name, tensor in run.network.state_dict().items()}, out / MODEL)
     write_law(run.law, out / CLOCK)
     _write_json(hub_config(run), out / CONFIG)
@@ -55,6 +50,16 @@ def export(run: Run, out: Path, *, licence: str | None = None) -> list[Path]:
     write_modules(out)
     (out / CARD).write_text(model_card(run, out.name, licence), encoding="utf-8")
     return sorted(out.iterdir())
+
+
+def new_folder(folder: Path) -> None:
+    """Makes a folder; UserError if it cannot be made or is there and not empty."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not empty: choose another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {folder} ({error.strerror}); choose another --out") from error
 
 
 def write_modules(folder: Path) -> None:

@@ -98,7 +98,10 @@ class CatmapsModel(GenerationMixin, PreTrainedModel):
     main_input_name = "x"
     base_model_prefix = "catmaps"
     _no_split_modules = ["Block"]
-    _keep_in_fp32_modules_strict = {"features", "gain_in", "gain_out", "log_prior", "embedding"}
+    _keep_in_fp32_modules_strict = {
+        *("features", "gain_in", "gain_out", "log_prior", "embedding"),
+        *("start", "arrival", "norm", "norm1", "norm2"),  # of imported networks
+    }
 
     def __init__(self, config: CatmapsConfig) -> None:
         super().__init__(config)

@@ -76,6 +76,8 @@ def start(config: Config, folder: Path) -> Config:
         raise UserError(
             f"{folder} exists and is not empty; continue it with --resume {folder}, or choose another --out"
         )
+    if config.published is not None:
+        raise UserError(f"run {config.base} was imported: its network is sampled and scored, but not trained")
     shards = find_shards(config)
     verify(shards)  # hashes too, once: a damaged shard is better found now than as a strange loss
     tokenizer = tokenizers.load(shards)

@@ -12,11 +12,13 @@ from made_runs import config_of, make_run
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from catmaps.config import Config
 from catmaps.errors import UserError
 from catmaps.flow.interpolant import gaussian
 from catmaps.generation import SamplingConfig, extend
 from catmaps.hub.export import export
 from catmaps.model import Run, load_run
+from catmaps.network.published import PublishedConfig
 from catmaps.text.tokenizers import train_bpe
 
 transformers = pytest.importorskip("transformers")
@@ -66,13 +68,18 @@ def test_logits_are_those_of_the_run(model: Any, run: Run) -> None:
     assert torch.equal(model(state.x, s).logits, run.flow_map.logits(state, s, s))
 
 
-@pytest.mark.parametrize("family", ["flow", "linear", "masked"])
-def test_saved_and_loaded_it_is_equal_to_the_bit(family: str, tmp_path: Path) -> None:
-    config = config_of(a_map=False)
-    if family == "linear":
-        config = replace(config, network=replace(config.network, input="linear", skip=False))
-    export(load_run(make_run(tmp_path / "run", replace(config, family="masked" if family == "masked" else "flow"))),
-           tmp_path / "one")  # fmt: skip
+LINEAR = replace(config_of().network, input="linear", skip=False)
+CONFIGS = {
+    "flow": config_of(a_map=False),
+    "linear": config_of(network=LINEAR),
+    "masked": config_of(a_map=False, family="masked"),
+    "imported": config_of(network=LINEAR, published=PublishedConfig(kind="semicat", embedding="rms", arrival=True)),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_saved_and_loaded_it_is_equal_to_the_bit(config: Config, tmp_path: Path) -> None:
+    export(load_run(make_run(tmp_path / "run", config)), tmp_path / "one")
     first = load(tmp_path / "one")
     first.save_pretrained(tmp_path / "two")
     second = load(tmp_path / "two")
@@ -233,11 +240,14 @@ def test_beyond_the_end_stands_padding(tmp_path: Path) -> None:
         assert rate == kept / 2
 
 
-def test_half_precision_keeps_times_and_evidence_whole(folder: Path, model: Any) -> None:
-    half = load(folder / "map", dtype=torch.bfloat16)
+@pytest.mark.parametrize("kind", ["flow", "linear", "imported"])
+def test_half_precision_keeps_times_and_evidence_whole(kind: str, tmp_path: Path) -> None:
+    export(load_run(make_run(tmp_path / "run", CONFIGS[kind])), tmp_path / "dir")
+    model, half = load(tmp_path / "dir"), load(tmp_path / "dir", dtype=torch.bfloat16)
     assert half.network.trunk.blocks[0].qkv.weight.dtype == torch.bfloat16
-    for name in ("features.clock_t", "gain_in.bias", "log_prior"):
-        assert half.network.state_dict()[name].dtype == torch.float32
+    weights = half.network.state_dict()
+    for name in {"features.clock_t", "gain_in.bias", "log_prior", "start.inner.weight"} & set(weights):
+        assert weights[name].dtype == torch.float32
     state, s = gaussian((2, 12, 27), torch.Generator().manual_seed(0)), torch.full((2, 1), 0.4)
     apart = (half(state.x, s).logits.softmax(-1) - model(state.x, s).logits.softmax(-1)).abs().max()
     assert 0 < apart < 0.05
