@@ -202,13 +202,13 @@ def load_run(path: Path) -> Run:
     load_weights(network, path / MODEL)
     configure(network, config.training)
     network = network.eval().requires_grad_(False).to(best_device())
-    return Run(path, config, network, tokenizer, _saved_law(path, config, tokenizer.vocab_size))
+    return Run(path, config, network, tokenizer, _saved_law(path, tokenizer.vocab_size))
 
 
-def _saved_law(path: Path, config: Config, vocab_size: int) -> Law:
+def _saved_law(path: Path, vocab_size: int) -> Law:
     """The law a run trained with. transformers does not save it again; any law gives a bound, of another variance."""
     if not (path / CLOCK).exists() and is_exported(json.loads(_config_text(path))):
-        return starting_law(config.clock, vocab_size)
+        return _warp(vocab_size)
     return read_law(path / CLOCK)
 
 

@@ -23,6 +23,8 @@ def _what(run: Run) -> str:
         "flow map": "A categorical flow map: it carries Gaussian noise to text in a few network calls",
         "base flow": "A continuous flow over one-hot text, sampled by following it",
     }.get(run.kind, f"A model of discrete text ({run.kind})")
+    if run.config.published is not None:
+        return f"{kind}. A published checkpoint ({run.config.published.kind}), imported by catmaps; cite its authors."
     return f"{kind}. Trained with catmaps, after *Categorical Flow Maps* (arXiv:2602.12233)."
 
 

@@ -24,7 +24,8 @@ _MODULE = '''"""The code of this model is the package catmaps; this file only im
 try:
     from catmaps.hub.modeling import {name}
 except ImportError as error:
-    raise ImportError(f"this model needs the package catmaps ({{error}}): pip install 'catmaps[hf]'") from error
+    needs = "this model needs the package catmaps with its extra hf"
+    raise ImportError(f"{{needs}} ({{error}}): pip install 'catmaps[hf]'") from error
 
 __all__ = ["{name}"]
 '''

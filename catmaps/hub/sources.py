@@ -58,8 +58,9 @@ def fetch(repository: str, file: str) -> Path:
     Raises:
         UserError: It cannot be had.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, logging
 
+    logging.set_verbosity_error()  # of its retries: the error below says enough
     name, _, revision = repository.partition("@")
     try:
         return Path(hf_hub_download(name, file, revision=revision or None))
