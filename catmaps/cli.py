@@ -52,6 +52,8 @@ COMMANDS = {
     "info": Entry("what a run is: catmaps info RUN", "info"),
     "data": Entry("token shards from your text: catmaps data build PATH... --out DIR", "data"),
     "eval": Entry("standard benchmarks by lm-eval: catmaps eval RUN --tasks piqa | --offline-tasks", "eval"),
+    "export": Entry("a directory for Hugging Face: catmaps export RUN --out DIR", "export"),
+    "import": Entry("a published checkpoint as a run: catmaps import SOURCE --format flm --out RUN", "import_"),
     "steer": Entry("write texts towards a reward: catmaps steer RUN --reward contains:WORD", "steer"),
 }
 

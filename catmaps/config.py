@@ -12,6 +12,7 @@ import tyro
 from catmaps.errors import UserError
 from catmaps.flow.objective import ObjectiveConfig
 from catmaps.network.denoiser import NetworkConfig
+from catmaps.network.published import PublishedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,8 @@ class DataConfig:
 class ClockConfig:
     """The law of time."""
 
-    law: Literal["warp", "uniform", "logit_normal"] = "warp"
-    """0.9 decoding-error warp + 0.1 uniform; uniform; logit-normal(-0.4, 1)."""
+    law: Literal["warp", "uniform", "logit_normal", "decoding_error"] = "warp"
+    """0.9 decoding-error warp + 0.1 uniform; uniform; logit-normal(-0.4, 1); the decoding-error warp alone."""
     adaptive: bool = True
     """Move to the information-uniform law as its histogram fills."""
 
@@ -135,6 +136,8 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    published: Annotated[PublishedConfig | None, tyro.conf.Suppress] = None
+    """Whose architecture the network has, if it was imported."""
 
     def __post_init__(self) -> None:
         if self.family != "flow" and (self.base is not None or self.objective.off_diagonal > 0):
@@ -147,6 +150,7 @@ ADDED: dict[str, Any] = {
     "objective.final": 0.0,
     "objective.ladder": 0.0,
     "training.tile_megabytes": 31,
+    "published": None,
 }
 """Fields that files of earlier versions lack, with what those runs were."""
 
@@ -155,14 +159,32 @@ def to_json(config: Config) -> str:
     return json.dumps(asdict(config), indent=2) + "\n"
 
 
+HUB_TYPE = "catmaps"
+"""The `model_type` of an exported directory's config.json, which holds the run's configuration as `run`."""
+
+
+def is_exported(values: Any) -> bool:
+    """Whether a config.json is that of an exported directory rather than of a run's folder."""
+    return isinstance(values, dict) and values.get("model_type") == HUB_TYPE
+
+
 def from_json(text: str, where: str) -> Config:
-    """Reads a configuration back, strictly: unknown and missing fields are named.
+    """Reads a configuration back, a run's or an exported one's, strictly: unknown and missing fields are named.
 
     Raises:
         UserError: Not JSON, or fields that this version does not know; `where` is the file's name.
     """
     try:
-        return _build(Config, json.loads(text), "")
+        values = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where} is not a configuration of this version of catmaps: {error}") from error
+    return config_from(values.get("run") if is_exported(values) else values, where)
+
+
+def config_from(values: Any, where: str) -> Config:
+    """`from_json` of what stood in the file."""
+    try:
+        return _build(Config, values, "")
     except ValueError as error:
         raise UserError(f"{where} is not a configuration of this version of catmaps: {error}") from error
 
@@ -180,8 +202,8 @@ def _build(kind: type[T], values: Any, prefix: str) -> T:
 
 
 def _value(kind: Any, value: Any, name: str) -> Any:
-    if is_dataclass(kind):
-        return _build(kind, value, f"{name}.")  # pyright: ignore[reportArgumentType]
+    if (nested := _nested(kind, value)) is not None:
+        return _build(nested, value, f"{name}.")
     if get_origin(kind) is Literal:
         if value in get_args(kind):
             return value
@@ -190,3 +212,9 @@ def _value(kind: Any, value: Any, name: str) -> Any:
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{name} must be of type {getattr(kind, '__name__', kind)}, not {value!r}")
     return float(value) if kind is float else value
+
+
+def _nested(kind: Any, value: Any) -> Any:
+    """The dataclass that a value should be: `kind` itself, or the one of "a dataclass or None" unless it is None."""
+    found = next((part for part in (kind, *get_args(kind)) if is_dataclass(part)), None)
+    return found if found is kind or value is not None else None

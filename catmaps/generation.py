@@ -49,7 +49,8 @@ class SamplingConfig:
 
     def times(self, run: Run) -> Float[Tensor, "n"]:
         """The sampler's grid on the run's clock."""
-        return grid(run.clock, self.steps, BENDS.get(self.sampler, 1.0))
+        bend = 1.0 if run.config.published is not None else BENDS.get(self.sampler, 1.0)
+        return grid(run.clock, self.steps, bend)
 
     @property
     def calls(self) -> int:
@@ -73,13 +74,14 @@ class SamplingConfig:
 def default_sampling(run: Run, steps: int | None = None) -> SamplingConfig:
     """A map jumps and renoises, in 4 calls; a base is followed by 64 Euler steps, as a baseline by 64 ancestral ones.
 
-    An autoregressive run makes one call per token, whatever is asked for.
+    An autoregressive run makes one call per token, whatever is asked for; an imported map jumps along the map.
     """
     if run.baseline is not None:
         calls = run.config.data.length if run.baseline.sequential else 64 if steps is None else steps
         return SamplingConfig(steps=calls, sampler=ANCESTRAL)
     if run.is_map:
-        return SamplingConfig(steps=4 if steps is None else steps)
+        sampler = "renoise" if run.config.published is None else "flow_map"
+        return SamplingConfig(steps=4 if steps is None else steps, sampler=sampler)
     return SamplingConfig(steps=64 if steps is None else steps, sampler="euler")
 
 
@@ -114,7 +116,20 @@ def extend(
     generator: torch.Generator,
     watch: Watch | None = None,
 ) -> Int[Tensor, "b {num_tokens}"]:
-    """Goes on after a prompt, block by block: the end of the text so far stands clean at the left of a window of the
+    """Goes on after a prompt, block by block: all `blocks` in one."""
+    new = list(blocks(run, prompt, num_tokens, config, generator, watch))
+    return torch.cat([prompt[:, :0], *new], 1)
+
+
+def blocks(
+    run: Run,
+    prompt: Int[Tensor, "b n"],
+    num_tokens: int,
+    config: SamplingConfig,
+    generator: torch.Generator,
+    watch: Watch | None = None,
+) -> Iterator[Int[Tensor, "b _"]]:
+    """The new tokens of one block after another: the end of the text so far stands clean at the left of a window of the
     training length, and what is right of it is drawn. At least half of a window is new while so much is wanted.
 
     Args:
@@ -123,18 +138,23 @@ def extend(
         num_tokens: How many to write.
         config: How; its steps are those of every block.
         generator: Source of randomness, on the run's device.
-        watch: Sees (t, endpoint) after every step of every block.
+        watch: Sees (t, endpoint) after every step of every block; its window begins with `context_of` clean tokens.
     """
     text, wanted, longest = prompt, prompt.shape[1] + num_tokens, run.config.data.length
     while (rest := wanted - text.shape[1]) > 0:
-        context = min(text.shape[1], longest - min(rest, longest - longest // 2))
+        context = context_of(text.shape[1], rest, longest)
         window = min(longest, context + rest)
         tokens = torch.nn.functional.pad(text[:, text.shape[1] - context :], (0, window - context))
         known = (torch.arange(window, device=run.device) < context).expand(len(text), window)
         given = (tokens, known) if context else (None, None)
-        drawn = draw(run, (len(text), window), *given, config, generator, watch)
-        text = torch.cat([text, drawn[:, context:]], 1)
-    return text[:, prompt.shape[1] :]
+        new = draw(run, (len(text), window), *given, config, generator, watch)[:, context:]
+        text = torch.cat([text, new], 1)
+        yield new
+
+
+def context_of(written: int, rest: int, longest: int) -> int:
+    """How many of the tokens written so far the next block sees, with `rest` still wanted and windows of `longest`."""
+    return min(written, longest - min(rest, longest - longest // 2))
 
 
 def draw(

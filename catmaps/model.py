@@ -5,6 +5,7 @@ A run's folder holds config.json, tokenizer.json, model.safetensors (moving aver
 `--resume` reads. A distilled run also keeps teacher.safetensors, so that it can be resumed wherever it is moved to.
 """
 
+import json
 import os
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from catmaps.baselines.families import FAMILIES, Family
-from catmaps.config import ClockConfig, Config, TrainingConfig, from_json
+from catmaps.config import ClockConfig, Config, TrainingConfig, from_json, is_exported
 from catmaps.errors import UserError
 from catmaps.flow import times
 from catmaps.flow.evidence import OffDiagonalGain, TimeFeatures
@@ -25,19 +26,28 @@ from catmaps.flow.flow_map import FlowMap
 from catmaps.flow.likelihood import Bound, nelbo
 from catmaps.flow.times import Law
 from catmaps.network.denoiser import FlowNetwork, NetworkConfig
-from catmaps.network.tokens import Network, TokenNetwork
+from catmaps.network.published import PublishedConfig, PublishedNetwork
+from catmaps.network.tokens import Flow, Network, TokenNetwork
 from catmaps.text.tokenizers import Tokenizer
 from catmaps.text.tokenizers import load as load_tokenizer
 from catmaps.tiles import Fusion
 
 CONFIG, MODEL, CLOCK, TEACHER = "config.json", "model.safetensors", "clock.safetensors", "teacher.safetensors"
 METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
+HUB_PREFIX = "network."  # of the names of weights in an exported directory
 PRECISION = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @cache  # a second's work for large vocabularies, and never written to
 def _warp(vocab_size: int) -> Law:
-    return times.warp(vocab_size)
+    with torch.device("cpu"):  # also where a network is put together without memory, on "meta"
+        return times.warp(vocab_size)
+
+
+@cache
+def _decoding_error(vocab_size: int) -> Law:
+    with torch.device("cpu"):
+        return times.decoding_error(vocab_size)
 
 
 def best_device() -> torch.device:
@@ -59,8 +69,16 @@ def build_baseline(family: Family, config: NetworkConfig, log_prior: Float[Tenso
     return TokenNetwork(config, features, log_prior, special=family.special, causal=family.causal)
 
 
+def build_published(config: NetworkConfig, published: PublishedConfig, vocab_size: int) -> PublishedNetwork:
+    """A fresh network of a published architecture; flm's is told the decoding-error warp of its times, eq. (7)."""
+    clock = _decoding_error(vocab_size).cdf if published.kind == "flm" else torch.clone
+    return PublishedNetwork(config, published, vocab_size, clock)
+
+
 def network_of(config: Config, log_prior: Float[Tensor, "v"]) -> Network:
     """A fresh network for a run."""
+    if config.published is not None:
+        return build_published(config.network, config.published, len(log_prior))
     if config.family == "flow":
         return build_network(config.network, log_prior)
     return build_baseline(FAMILIES[config.family], config.network, log_prior)
@@ -70,6 +88,8 @@ def starting_law(config: ClockConfig, vocab_size: int) -> Law:
     """The law of time before any adaptation."""
     if config.law == "uniform":
         return times.uniform()
+    if config.law == "decoding_error":
+        return _decoding_error(vocab_size)
     return times.logit_normal() if config.law == "logit_normal" else _warp(vocab_size)
 
 
@@ -79,7 +99,7 @@ FUSED_VOCABULARY = 1024  # from here on a tile's arithmetic is worth compiling
 def configure(network: Network, config: TrainingConfig) -> None:
     """Sets how a network computes: precision of products, size of tiles."""
     network.precision = PRECISION[config.precision]
-    if isinstance(network, FlowNetwork):
+    if not isinstance(network, TokenNetwork):
         network.tile = config.tile_numbers(network.projects)
 
 
@@ -118,7 +138,7 @@ class Run:
         return torch.Generator(self.device).manual_seed(seed)
 
     @property
-    def flow_network(self) -> FlowNetwork:
+    def flow_network(self) -> Flow:
         """UserError for a baseline."""
         if isinstance(self.network, TokenNetwork):
             raise UserError(f"run {self.path} is of family {self.config.family}: this needs a run of family flow")
@@ -131,6 +151,8 @@ class Run:
     @property
     def is_map(self) -> bool:
         """Whether it was trained off the diagonal: a flow map rather than a base."""
+        if self.config.published is not None:
+            return self.config.published.arrival
         return self.config.objective.off_diagonal > 0
 
     @property
@@ -152,20 +174,24 @@ class Run:
 
 
 def read_config(path: Path) -> Config:
-    """The configuration of a run's folder.
+    """The configuration of a run's folder, or of an exported directory.
 
     Raises:
         UserError: No such folder, or not a run.
     """
+    return from_json(_config_text(path), str(path / CONFIG))
+
+
+def _config_text(path: Path) -> str:
     file = path / CONFIG
     if not file.is_file():
         what = "is not a run (no config.json)" if path.is_dir() else "does not exist"
         raise UserError(f"run {path} {what}; train one with `catmaps train PRESET --out {path}`")
-    return from_json(file.read_text(encoding="utf-8", errors="replace"), str(file))
+    return file.read_text(encoding="utf-8", errors="replace")
 
 
 def load_run(path: Path) -> Run:
-    """Reads a run for sampling and scoring, in evaluation mode.
+    """Reads a run, or an exported directory, for sampling and scoring, in evaluation mode.
 
     Raises:
         UserError: Missing, damaged or mismatched files, named.
@@ -175,7 +201,15 @@ def load_run(path: Path) -> Run:
     network = network_of(config, torch.zeros(tokenizer.vocab_size))
     load_weights(network, path / MODEL)
     configure(network, config.training)
-    return Run(path, config, network.eval().requires_grad_(False).to(best_device()), tokenizer, read_law(path / CLOCK))
+    network = network.eval().requires_grad_(False).to(best_device())
+    return Run(path, config, network, tokenizer, _saved_law(path, tokenizer.vocab_size))
+
+
+def _saved_law(path: Path, vocab_size: int) -> Law:
+    """The law a run trained with. transformers does not save it again; any law gives a bound, of another variance."""
+    if not (path / CLOCK).exists() and is_exported(json.loads(_config_text(path))):
+        return _warp(vocab_size)
+    return read_law(path / CLOCK)
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -190,7 +224,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 def load_weights(network: Network, file: Path) -> None:
     """Strict loading: what is missing, unknown or of another shape is named."""
-    tensors, own = read_tensors(file), network.state_dict()
+    tensors = {name.removeprefix(HUB_PREFIX): tensor for name, tensor in read_tensors(file).items()}
+    own = network.state_dict()
     for what, names in (("misses", set(own) - set(tensors)), ("has unknown", set(tensors) - set(own))):
         if names:
             raise UserError(f"{file} {what} {min(names)} ({len(names)} in all): it is of another configuration")

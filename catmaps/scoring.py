@@ -20,7 +20,7 @@ from catmaps.flow.finite_step import finite_step_bound, optimise_grid
 from catmaps.flow.likelihood import Bound, capped_cross_entropy, nelbo, pilot, projected_error, squared_error
 from catmaps.flow.times import Law, grid, mixture
 from catmaps.model import Run, compile_blocks
-from catmaps.network.denoiser import FlowNetwork
+from catmaps.network.tokens import Flow
 from catmaps.scores import KEYS, Score, TextScore, pool
 
 PILOT_WINDOWS = 32
@@ -110,15 +110,12 @@ def windows_of(ids: Integer[np.ndarray, "n"], length: int, context: int = 0) -> 
     return windows
 
 
-def seen_directions(network: FlowNetwork) -> Float[Tensor, "v d"] | None:
+def seen_directions(network: Flow) -> Float[Tensor, "v d"] | None:
     """An orthonormal basis of what a network sees of x, if that is less than everything (`projected_error`).
 
     This is so for `linear` input without skip at V > d. With a skip the logits see all of x.
     """
-    table = network.embedding.table.weight.detach()
-    if network.config.input != "linear" or network.config.skip or table.shape[1] <= table.shape[0]:
-        return None
-    return torch.linalg.qr(table.double().mT).Q
+    return torch.linalg.qr(network.embedding.table.weight.detach().double().mT).Q if network.projects else None
 
 
 def best_times(run: Run, tokens: Int[Tensor, "b l"], steps: int, seed: int = 0) -> tuple[float, ...]:

@@ -34,6 +34,10 @@ done
 "$catmaps" sample map --num 1 --show-trajectory | grep -q 't = 1.000'
 "$catmaps" sample map --prompt 'the king of ' --tokens 20 --num 2 --json | json 'len(d["texts"]) == 2'
 "$catmaps" sample map --infill 'the [[5]] of the' --num 1 --json | json 'd["texts"][0].endswith(" of the")'
+"$catmaps" export map --out exported --json | json '"model.safetensors" in d["files"]'
+diff <("$catmaps" sample map --num 2) <("$catmaps" sample exported --num 2)
+HF_HUB_OFFLINE=1 HF_HOME=$work/hf "$bin/python" -c 'from transformers import AutoModel
+print(AutoModel.from_pretrained("exported", trust_remote_code=True).generate(seed=0).tokens_per_forward)'
 "$catmaps" steer map --reward contains:the --particles 4 --num 1 --steps 4 --json | json 'd["texts"]'
 "$catmaps" plan 1.7b --gpus 256 --tokens 2.1T --json | json 'd'
 "$catmaps" score map --split test --windows 8 --json | json '3 < d["nelbo_bits_per_char"] < 6'
@@ -52,6 +56,7 @@ linear=(--data.shards shards --network.input linear --network.skip False --train
 "$catmaps" distill --from linear --out linear-map "${fast[@]}" --training.steps 4 --json | json 'd["complete"]'
 "$catmaps" sample linear-map --num 1 --json | json 'd["texts"]'
 
+refused 'misses' "$catmaps" import map --format flm --out imported
 refused 'preset' "$catmaps" train nonesuch
 refused 'wdth' "$catmaps" train tiny --network.wdth 3
 refused 'nowhere' "$catmaps" sample nowhere

@@ -142,24 +142,14 @@ class FlowNetwork(nn.Module):
         """Whether x is seen through x W alone: then no state need hold or make x."""
         return isinstance(self.embedding, LinearEmbedding) and self.embedding.projects and not self.config.skip
 
-    def _project(self, state: NoisyText) -> Tensor:
-        """x W; noise is drawn, in fp32, in the d dimensions that W sees where nothing else sees any."""
-        assert isinstance(self.embedding, LinearEmbedding)
-        weight = self.embedding.table.weight
-        if self.projects:
-            with torch.autocast(weight.device.type, enabled=False):
-                return state.project(self.embedding.projection(self.precision))
-        return over_tiles(lambda tile: F.linear(tile(state).x.to(weight.dtype), weight), state.shape, self.tile)
-
     def _embed(self, state: NoisyText, gain: Tensor, s: Tensor) -> Tensor:
         if isinstance(self.embedding, LinearEmbedding):
-            return self.embedding(self._project(state), s)
+            return self.embedding(project(self, state), s)
         embedding = self.embedding
 
         def work(tile: Tile, table: Tensor, gain: Tensor) -> Tensor:
-            return embedding.forward(
-                tile(state).x, tile(gain), self.log_prior, table
-            )  # hooks do not suit a redone tile
+            # Not a call of the module: its hooks do not suit a tile that is done again.
+            return embedding.forward(tile(state).x, tile(gain), self.log_prior, table)
 
         return self._in_tiles(work, state, embedding, gain)
 
@@ -179,8 +169,8 @@ class FlowNetwork(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         x, dx = state
         if isinstance(self.embedding, LinearEmbedding):
-            dz = None if dx is None else self._project(dx)
-            return self.embedding.forward_with_tangent((self._project(x), dz), s)
+            dz = None if dx is None else project(self, dx)
+            return self.embedding.forward_with_tangent((project(self, x), dz), s)
         embedding = self.embedding
 
         def work(tile: Tile, table: Tensor, gain: Tensor, rate: Tensor) -> Tensor:
@@ -248,6 +238,29 @@ class FlowNetwork(nn.Module):
         total = sum(p.numel() for p in self.parameters())
         vocabulary = self.embedding.table.weight.numel() + self.head.weight.numel()
         return total - vocabulary, vocabulary
+
+
+@runtime_checkable
+class Projecting(Protocol):
+    """A network that sees x through x W."""
+
+    precision: torch.dtype
+    tile: int
+
+    @property
+    def embedding(self) -> nn.Module: ...
+    @property
+    def projects(self) -> bool: ...
+
+
+def project(network: Projecting, state: NoisyText) -> Float[Tensor, "b l d"]:
+    """x W; noise is drawn, in fp32, in the d dimensions that W sees where nothing else sees any."""
+    assert isinstance(network.embedding, LinearEmbedding)
+    weight = network.embedding.table.weight
+    if network.projects:
+        with torch.autocast(weight.device.type, enabled=False):
+            return state.project(network.embedding.projection(network.precision))
+    return over_tiles(lambda tile: F.linear(tile(state).x.to(weight.dtype), weight), state.shape, network.tile)
 
 
 def smoothed_log_prior(counts: Float[Tensor, "v"]) -> Float[Tensor, "v"]:

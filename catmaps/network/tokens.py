@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from catmaps.network.denoiser import Features, FlowNetwork, NetworkConfig
 from catmaps.network.embedding import Conditioner
+from catmaps.network.published import PublishedNetwork
 from catmaps.network.trunk import Trunk
 
 
@@ -66,4 +67,5 @@ class TokenNetwork(nn.Module):
         return sum(p.numel() for p in self.parameters()) - vocabulary, vocabulary
 
 
-Network = FlowNetwork | TokenNetwork
+Flow = FlowNetwork | PublishedNetwork
+Network = Flow | TokenNetwork

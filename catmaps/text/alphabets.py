@@ -9,12 +9,12 @@ import numpy as np
 from jaxtyping import Integer, UInt
 
 EOS_TOKEN = "<|eos|>"
-_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 # Marks that canonical decomposition splits off a letter: dropped, so that "é" is "e" and not "e ".
-_COMBINING = re.compile("[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]+")
+COMBINING = re.compile("[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]+")
 # Latin letters that do not decompose.
-_LETTERS = str.maketrans(
+LETTERS = str.maketrans(
     {"æ": "ae", "œ": "oe", "ß": "ss", "ø": "o", "đ": "d", "ł": "l", "þ": "th", "ð": "d", "ı": "i", "ħ": "h"}
 )
 _KEPT = b"abcdefghijklmnopqrstuvwxyz0123456789"
@@ -108,11 +108,11 @@ class Text8Tokenizer(Tokenizer):
     def _normal_bytes(self, text: str) -> bytes:
         text = text.lower()
         if not text.isascii():
-            folded = _COMBINING.sub("", unicodedata.normalize("NFKD", text))
+            folded = COMBINING.sub("", unicodedata.normalize("NFKD", text))
             # lowered twice: compatibility forms such as bold capitals are capitals only once decomposed
-            text = folded.lower().translate(_LETTERS)
+            text = folded.lower().translate(LETTERS)
         raw = text.encode("ascii", "replace").translate(_ASCII_CLASS)
-        for digit, word in enumerate(_DIGITS):
+        for digit, word in enumerate(DIGITS):
             raw = raw.replace(b"%d" % digit, b" %s " % word.encode())
         symbols = np.frombuffer(raw, dtype=np.uint8)
         kept = symbols != 32

@@ -135,15 +135,16 @@ def load(path: Path) -> Tokenizer:
         UserError: If the file is missing, damaged or of an unknown kind, or has no end-of-document token.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
-    content = _read_json(file)
-    if _OURS in content:
-        return _built_in(str(content[_OURS]), f"{file}")
+    content, config = _read_json(file), file.parent / "tokenizer_config.json"
+    settings = _read_json(config) if config.is_file() else {}
+    for where, found in ((file, content), (config, settings)):  # exported ones are named in their settings
+        if _OURS in found:
+            return _built_in(str(found[_OURS]), f"{where}")
     try:
         inner = hf.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{file} is not a readable Hugging Face tokenizer ({error})") from error
-    config = file.parent / "tokenizer_config.json"
-    eos = _read_json(config).get("eos_token") if config.is_file() else None
+    eos = settings.get("eos_token")
     if isinstance(eos, dict):
         eos = eos.get("content")
     try:

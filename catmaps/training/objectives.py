@@ -111,5 +111,6 @@ class BaselineObjective:
 def objective_of(config: Config, network: Network, teacher: Network | None) -> Objective:
     if isinstance(network, TokenNetwork):
         return BaselineObjective(config, network)
+    assert isinstance(network, FlowNetwork)
     assert teacher is None or isinstance(teacher, FlowNetwork)
     return FlowObjective(config, network, teacher)

@@ -14,9 +14,7 @@ from catmaps.config import Config, to_json
 from catmaps.errors import UserError
 from catmaps.model import (
     CHECKPOINTS,
-    CLOCK,
     CONFIG,
-    MODEL,
     TEACHER,
     best_device,
     compile_blocks,
@@ -28,6 +26,7 @@ from catmaps.model import (
     read_law,
     starting_law,
     write_law,
+    write_tensors,
 )
 from catmaps.network.denoiser import FlowNetwork, smoothed_log_prior
 from catmaps.network.tokens import Network
@@ -77,27 +76,29 @@ def start(config: Config, folder: Path) -> Config:
         raise UserError(
             f"{folder} exists and is not empty; continue it with --resume {folder}, or choose another --out"
         )
+    if config.published is not None:
+        raise UserError(f"run {config.base} was imported: its network is sampled and scored, but not trained")
     shards = find_shards(config)
     verify(shards)  # hashes too, once: a damaged shard is better found now than as a strange loss
     tokenizer = tokenizers.load(shards)
     length = config.data.length
     if load_manifest(shards).split("train").tokens < config.training.batch * length:
         raise UserError(f"{shards}: the train split is shorter than one batch; lower training.batch or data.length")
-    if config.base is not None:
-        base = load_run(Path(config.base))  # whole: a missing or damaged part is better found before the folder exists
-        if base.tokenizer.token_strings() != tokenizer.token_strings():
-            raise UserError(f"the vocabulary of {shards} is not that of {config.base}; use the data it was trained on")
+    # Whole: a missing or damaged part is better found before the folder exists.
+    base = None if config.base is None else load_run(Path(config.base))
+    if base is not None and base.tokenizer.token_strings() != tokenizer.token_strings():
+        raise UserError(f"the vocabulary of {shards} is not that of {config.base}; use the data it was trained on")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {folder} ({error.strerror}); choose another --out") from error
     tokenizers.save(tokenizer, folder)
     shutil.copy(shards / MANIFEST_FILE, folder / MANIFEST_FILE)
-    if config.base is None:
+    if base is None:
         write_law(starting_law(config.clock, tokenizer.vocab_size), folder / START_LAW)
     else:
-        shutil.copy(Path(config.base) / MODEL, folder / TEACHER)
-        shutil.copy(Path(config.base) / CLOCK, folder / START_LAW)
+        write_tensors(base.network.state_dict(), folder / TEACHER)
+        write_law(base.law, folder / START_LAW)
     draft = folder / f".{CONFIG}.draft"  # other processes wait for the finished file
     draft.write_text(to_json(config), encoding="utf-8")
     os.replace(draft, folder / CONFIG)

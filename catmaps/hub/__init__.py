@@ -1,0 +1,1 @@
+"""Directories that Hugging Face's transformers loads, and checkpoints that others have published."""
