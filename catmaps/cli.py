@@ -51,6 +51,7 @@ COMMANDS = {
     "info": Entry("what a run is: catmaps info RUN", "info"),
     "data": Entry("token shards from your text: catmaps data build PATH... --out DIR", "data"),
     "eval": Entry("standard benchmarks by lm-eval: catmaps eval RUN --tasks piqa | --offline-tasks", "eval"),
+    "serve": Entry("an HTTP server, as OpenAI's, and a page: catmaps serve RUN", "serve"),
     "steer": Entry("write texts towards a reward: catmaps steer RUN --reward contains:WORD", "steer"),
 }
 

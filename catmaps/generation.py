@@ -12,6 +12,7 @@ from catmaps.errors import UserError
 from catmaps.flow.flow_map import FlowMap
 from catmaps.flow.guidance import Guided, Nucleus, Unprompted
 from catmaps.flow.interpolant import gaussian
+from catmaps.flow.noise import Randomness, RowStreams
 from catmaps.flow.samplers import BENDS, SAMPLERS, sample
 from catmaps.flow.times import grid
 from catmaps.model import Run
@@ -57,17 +58,23 @@ class SamplingConfig:
         return (2 * self.steps - 1 if self.sampler == "heun" else self.steps) * (1 if self.guidance == 1 else 2)
 
     def flow_map(
-        self, run: Run, shape: tuple[int, int], known: Bool[Tensor, "b l"] | None, generator: torch.Generator
+        self, run: Run, shape: tuple[int, int], known: Bool[Tensor, "b l"] | None, generator: Randomness
     ) -> FlowMap:
         """The run's flow map, guided and cut as configured, for a batch of texts (B, L)."""
         chosen = run.flow_map
         if self.guidance != 1 and (self.weak is not None or known is not None):
             whole = (*shape, run.tokenizer.vocab_size)
-            weak = self.weak or FlowMap(Unprompted(chosen, gaussian(whole, generator).x))
+            weak = self.weak or FlowMap(Unprompted(chosen, _held_noise(whole, generator)))
             chosen = FlowMap(Guided(chosen, weak, self.guidance))
         if self.top_p < 1:
             chosen = FlowMap(Nucleus(chosen, self.top_p))
         return FlowMap(chosen.denoiser, self.temperature)
+
+
+def _held_noise(shape: tuple[int, int, int], generator: Randomness) -> Float[Tensor, "b l v"]:
+    if isinstance(generator, RowStreams):
+        return generator.noise(*shape[1:]).x
+    return gaussian(shape, generator).x
 
 
 def default_sampling(run: Run, steps: int | None = None) -> SamplingConfig:
@@ -106,6 +113,13 @@ def generate(
         yield extend(run, empty, length, config, generator, watch)[: num - first].cpu()
 
 
+def next_window(have: int, rest: int, longest: int) -> tuple[int, int]:
+    """(context, tokens) of the window that goes on after `have` tokens when `rest` are wanted: it sees `context` of the
+    former, and at least half of it is new while so much is wanted."""
+    context = min(have, longest - min(rest, longest - longest // 2))
+    return context, min(longest, context + rest)
+
+
 def extend(
     run: Run,
     prompt: Int[Tensor, "b n"],
@@ -115,7 +129,7 @@ def extend(
     watch: Watch | None = None,
 ) -> Int[Tensor, "b {num_tokens}"]:
     """Goes on after a prompt, block by block: the end of the text so far stands clean at the left of a window of the
-    training length, and what is right of it is drawn. At least half of a window is new while so much is wanted.
+    training length, and what is right of it is drawn (`next_window`).
 
     Args:
         run: A base or a map.
@@ -127,8 +141,7 @@ def extend(
     """
     text, wanted, longest = prompt, prompt.shape[1] + num_tokens, run.config.data.length
     while (rest := wanted - text.shape[1]) > 0:
-        context = min(text.shape[1], longest - min(rest, longest - longest // 2))
-        window = min(longest, context + rest)
+        context, window = next_window(text.shape[1], rest, longest)
         tokens = torch.nn.functional.pad(text[:, text.shape[1] - context :], (0, window - context))
         known = (torch.arange(window, device=run.device) < context).expand(len(text), window)
         given = (tokens, known) if context else (None, None)
@@ -143,10 +156,11 @@ def draw(
     tokens: Int[Tensor, "b l"] | None,
     known: Bool[Tensor, "b l"] | None,
     config: SamplingConfig,
-    generator: torch.Generator,
+    generator: Randomness,
     watch: Watch | None,
 ) -> Int[Tensor, "b l"]:
-    """Texts of one window, given tokens unchanged. Baselines are not watched: they have no endpoint.
+    """Texts of one window, given tokens unchanged. Baselines are not watched: they have no endpoint; nor do they take
+    streams by row.
 
     Raises:
         UserError: The sampler or an option is not for this run.
@@ -156,6 +170,7 @@ def draw(
     if run.baseline is not None and (config.top_p, config.guidance) != (1, 1):
         raise UserError(f"run {run.path} is a {run.kind}: top-p and guidance are for flows; leave them out")
     if run.baseline is not None:
+        assert isinstance(generator, torch.Generator)
         given = {"tokens": tokens, "known": known, "generator": generator, "temperature": config.temperature}
         return run.baseline.sample(run.network, shape, config.steps, **given)
     flow_map, times = config.flow_map(run, shape, known, generator), config.times(run)
