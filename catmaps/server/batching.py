@@ -17,8 +17,9 @@ from catmaps.model import Run
 from catmaps.scoring import bound_given, integrand_of
 from catmaps.server.pieces import Abandoned, Ids, Piece, draw_pieces, least_rows, most_rows
 
-LINGER, LONGEST_LINGER = 0.004, 0.04
-"""Seconds that a worker waits for more rows after the last one came, and at most."""
+LINGER, LONGEST_LINGER = 0.05, 0.15
+"""How long a worker waits for more rows after the last one came, and at most, in shares of a usual batch's time: clients
+that were answered together ask again together."""
 
 
 @dataclass(eq=False)
@@ -89,6 +90,7 @@ class Batcher:
         self._queue: deque[Job] = deque()
         self._changed = threading.Condition()
         self._waiting = 0
+        self._usual = 0.05
         self._closing = False
         self._threads = [threading.Thread(target=self._work, name=f"draw-{i}", daemon=True) for i in range(workers)]
         for thread in self._threads:
@@ -134,6 +136,7 @@ class Batcher:
                     job.done.set_exception(error)
                 continue
             seconds = time.monotonic() - began
+            self._usual = 0.8 * self._usual + 0.2 * min(seconds, 1.0)
             self._observe(len(jobs), self._calls(jobs[0].work), seconds)
             for job, (ids, shares) in zip(jobs, results, strict=True):
                 job.done.set_result(Done(ids, shares, seconds, len(jobs)))
@@ -154,11 +157,11 @@ class Batcher:
                 self._waiting -= 1
 
     def _linger(self) -> None:
-        """Waits for rows that are about to come: clients whose last batch is done ask again together."""
-        until = time.monotonic() + LONGEST_LINGER
+        """Waits for rows that are about to come."""
+        until = time.monotonic() + LONGEST_LINGER * self._usual
         while not self._closing and len(self._queue) < self._rows and time.monotonic() < until:
             before = len(self._queue)
-            self._changed.wait(LINGER)
+            self._changed.wait(LINGER * self._usual)
             if len(self._queue) <= before:
                 return
 
