@@ -52,6 +52,7 @@ COMMANDS = {
     "data": Entry("token shards from your text: catmaps data build PATH... --out DIR", "data"),
     "eval": Entry("standard benchmarks by lm-eval: catmaps eval RUN --tasks piqa | --offline-tasks", "eval"),
     "serve": Entry("an HTTP server, as OpenAI's, and a page: catmaps serve RUN", "serve"),
+    "show": Entry("a page on which texts form, one file: catmaps show RUN --html FILE", "show"),
     "steer": Entry("write texts towards a reward: catmaps steer RUN --reward contains:WORD", "steer"),
 }
 

@@ -160,7 +160,7 @@ def _orders(body: "CompletionRequest", run: Run, limits: Limits) -> list[Order]:
     if body.infill is not None:
         if body.prompt not in (None, "") or body.suffix is not None:
             raise UserError("infill stands for prompt and suffix: leave these out")
-        return [Order.blanks(_template(body.infill, run))]
+        return [Order.blanks(blanks(body.infill, run))]
     more = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
     if more > limits.tokens:
         raise ApiError(422, f"max_tokens is at most {limits.tokens}, not {more}", param="max_tokens")
@@ -196,7 +196,12 @@ def _fits(length: int, run: Run) -> None:
         raise UserError(f"the text has {length} tokens, blanks included; a window holds {run.config.data.length}")
 
 
-def _template(text: str, run: Run) -> Template:
+def blanks(text: str, run: Run) -> Template:
+    """A text with blanks that fits a window; refused before blanks of any size take memory.
+
+    Raises:
+        UserError: It does not, or is none.
+    """
     sizes = [match[1] for match in BLANK.finditer(text)]
     _fits(max((10**9 if len(size) > 9 else int(size) for size in sizes), default=0), run)  # before it takes memory
     _fits(len(sizes), run)

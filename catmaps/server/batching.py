@@ -18,8 +18,8 @@ from catmaps.scoring import bound_given, integrand_of
 from catmaps.server.pieces import Abandoned, Ids, Piece, draw_pieces, least_rows, most_rows
 
 LINGER, LONGEST_LINGER = 0.05, 0.15
-"""How long a worker waits for more rows after the last one came, and at most, in shares of a usual batch's time: clients
-that were answered together ask again together."""
+"""How long a worker waits for more rows after the last one came, and at most, in shares of a usual batch's time:
+clients that were answered together ask again together."""
 
 
 @dataclass(eq=False)
