@@ -54,6 +54,8 @@ COMMANDS = {
     "eval": Entry("standard benchmarks by lm-eval: catmaps eval RUN --tasks piqa | --offline-tasks", "eval"),
     "export": Entry("a directory for Hugging Face: catmaps export RUN --out DIR", "export"),
     "import": Entry("a published checkpoint as a run: catmaps import SOURCE --format flm --out RUN", "import_"),
+    "serve": Entry("an HTTP server, as OpenAI's, and a page: catmaps serve RUN", "serve"),
+    "show": Entry("a page on which texts form, one file: catmaps show RUN --html FILE", "show"),
     "steer": Entry("write texts towards a reward: catmaps steer RUN --reward contains:WORD", "steer"),
 }
 

@@ -12,6 +12,7 @@ from catmaps.errors import UserError
 from catmaps.flow.flow_map import FlowMap
 from catmaps.flow.guidance import Guided, Nucleus, Unprompted
 from catmaps.flow.interpolant import gaussian
+from catmaps.flow.noise import Randomness, RowStreams
 from catmaps.flow.samplers import BENDS, SAMPLERS, sample
 from catmaps.flow.times import grid
 from catmaps.model import Run
@@ -58,17 +59,23 @@ class SamplingConfig:
         return (2 * self.steps - 1 if self.sampler == "heun" else self.steps) * (1 if self.guidance == 1 else 2)
 
     def flow_map(
-        self, run: Run, shape: tuple[int, int], known: Bool[Tensor, "b l"] | None, generator: torch.Generator
+        self, run: Run, shape: tuple[int, int], known: Bool[Tensor, "b l"] | None, generator: Randomness
     ) -> FlowMap:
         """The run's flow map, guided and cut as configured, for a batch of texts (B, L)."""
         chosen = run.flow_map
         if self.guidance != 1 and (self.weak is not None or known is not None):
             whole = (*shape, run.tokenizer.vocab_size)
-            weak = self.weak or FlowMap(Unprompted(chosen, gaussian(whole, generator).x))
+            weak = self.weak or FlowMap(Unprompted(chosen, _held_noise(whole, generator)))
             chosen = FlowMap(Guided(chosen, weak, self.guidance))
         if self.top_p < 1:
             chosen = FlowMap(Nucleus(chosen, self.top_p))
         return FlowMap(chosen.denoiser, self.temperature)
+
+
+def _held_noise(shape: tuple[int, int, int], generator: Randomness) -> Float[Tensor, "b l v"]:
+    if isinstance(generator, RowStreams):
+        return generator.noise(*shape[1:]).x
+    return gaussian(shape, generator).x
 
 
 def default_sampling(run: Run, steps: int | None = None) -> SamplingConfig:
@@ -108,6 +115,13 @@ def generate(
         yield extend(run, empty, length, config, generator, watch)[: num - first].cpu()
 
 
+def next_window(have: int, rest: int, longest: int) -> tuple[int, int]:
+    """(context, tokens) of the window that goes on after `have` tokens when `rest` are wanted: it sees `context` of the
+    former, and at least half of it is new while so much is wanted."""
+    context = min(have, longest - min(rest, longest - longest // 2))
+    return context, min(longest, context + rest)
+
+
 def extend(
     run: Run,
     prompt: Int[Tensor, "b n"],
@@ -130,7 +144,7 @@ def blocks(
     watch: Watch | None = None,
 ) -> Iterator[Int[Tensor, "b _"]]:
     """The new tokens of one block after another: the end of the text so far stands clean at the left of a window of the
-    training length, and what is right of it is drawn. At least half of a window is new while so much is wanted.
+    training length, and what is right of it is drawn (`next_window`).
 
     Args:
         run: A base or a map.
@@ -138,12 +152,11 @@ def blocks(
         num_tokens: How many to write.
         config: How; its steps are those of every block.
         generator: Source of randomness, on the run's device.
-        watch: Sees (t, endpoint) after every step of every block; its window begins with `context_of` clean tokens.
+        watch: Sees (t, endpoint) after every step of every block; its window begins with the clean context of `next_window`.
     """
     text, wanted, longest = prompt, prompt.shape[1] + num_tokens, run.config.data.length
     while (rest := wanted - text.shape[1]) > 0:
-        context = context_of(text.shape[1], rest, longest)
-        window = min(longest, context + rest)
+        context, window = next_window(text.shape[1], rest, longest)
         tokens = torch.nn.functional.pad(text[:, text.shape[1] - context :], (0, window - context))
         known = (torch.arange(window, device=run.device) < context).expand(len(text), window)
         given = (tokens, known) if context else (None, None)
@@ -152,21 +165,17 @@ def blocks(
         yield new
 
 
-def context_of(written: int, rest: int, longest: int) -> int:
-    """How many of the tokens written so far the next block sees, with `rest` still wanted and windows of `longest`."""
-    return min(written, longest - min(rest, longest - longest // 2))
-
-
 def draw(
     run: Run,
     shape: tuple[int, int],
     tokens: Int[Tensor, "b l"] | None,
     known: Bool[Tensor, "b l"] | None,
     config: SamplingConfig,
-    generator: torch.Generator,
+    generator: Randomness,
     watch: Watch | None,
 ) -> Int[Tensor, "b l"]:
-    """Texts of one window, given tokens unchanged. Baselines are not watched: they have no endpoint.
+    """Texts of one window, given tokens unchanged. Baselines are not watched: they have no endpoint; nor do they take
+    streams by row.
 
     Raises:
         UserError: The sampler or an option is not for this run.
@@ -176,6 +185,7 @@ def draw(
     if run.baseline is not None and (config.top_p, config.guidance) != (1, 1):
         raise UserError(f"run {run.path} is a {run.kind}: top-p and guidance are for flows; leave them out")
     if run.baseline is not None:
+        assert isinstance(generator, torch.Generator)
         given = {"tokens": tokens, "known": known, "generator": generator, "temperature": config.temperature}
         return run.baseline.sample(run.network, shape, config.steps, **given)
     flow_map, times = config.flow_map(run, shape, known, generator), config.times(run)

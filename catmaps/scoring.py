@@ -17,7 +17,15 @@ from torch import Tensor
 
 from catmaps.errors import UserError
 from catmaps.flow.finite_step import finite_step_bound, optimise_grid
-from catmaps.flow.likelihood import Bound, capped_cross_entropy, nelbo, pilot, projected_error, squared_error
+from catmaps.flow.likelihood import (
+    Bound,
+    Integrand,
+    capped_cross_entropy,
+    nelbo,
+    pilot,
+    projected_error,
+    squared_error,
+)
 from catmaps.flow.times import Law, grid, mixture
 from catmaps.model import Run, compile_blocks
 from catmaps.network.tokens import Flow
@@ -132,6 +140,39 @@ def likelihood_law(run: Run) -> Law:
     return mixture([(0.8, run.law), (0.2, run.clock)])
 
 
+def integrand_of(run: Run) -> Integrand:
+    """What (14) integrates for this run: the squared error, of what its network sees of x."""
+    basis = seen_directions(run.flow_network)
+    return squared_error if basis is None else projected_error(basis)
+
+
+def bound_given(
+    run: Run,
+    tokens: Int[Tensor, "b l"],
+    known: Bool[Tensor, "b l"] | None,
+    *,
+    num_samples: int = 16,
+    seed: int = 0,
+    integrand: Integrand | None = None,
+) -> Bound:
+    """The NELBO (14) of texts of one window given their `known` tokens, wherever these stand; of a flow.
+
+    `integrand_of` costs something for large vocabularies: who asks often passes its answer.
+
+    Raises:
+        UserError: The run is a baseline.
+    """
+    return nelbo(
+        run.flow_map,
+        tokens.to(run.device),
+        likelihood_law(run),
+        num_samples=num_samples,
+        known=None if known is None else known.to(run.device),
+        generator=run.generator(seed),
+        integrand=integrand_of(run) if integrand is None else integrand,
+    )
+
+
 def _estimator(run: Run, config: ScoringConfig, windows: Sequence[Window]) -> Estimator:
     generator, samples = run.generator(config.seed), config.num_samples
     if run.baseline is not None:  # has one bound, its own, and knows no clean context
@@ -142,9 +183,7 @@ def _estimator(run: Run, config: ScoringConfig, windows: Sequence[Window]) -> Es
         return lambda tokens, known: finite_step_bound(
             flow_map, tokens, times, num_samples=samples, known=known, generator=generator
         )
-    basis = seen_directions(run.flow_network)
-    integrand = squared_error if basis is None else projected_error(basis)
-    integrand = capped_cross_entropy if config.bound == "cross-entropy" else integrand
+    integrand = capped_cross_entropy if config.bound == "cross-entropy" else integrand_of(run)
     law = likelihood_law(run)
     if config.pilot:
         some = next(_batches(windows, PILOT_WINDOWS))

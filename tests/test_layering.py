@@ -20,6 +20,10 @@ OPTIONAL = {
     "transformers",
     "gguf",
     "accelerate",
+    "fastapi",
+    "starlette",
+    "pydantic",
+    "uvicorn",
 }  # extras: a bare install must import every module
 WRAPPERS = {"hub/modeling.py", "hub/generating.py"}  # transformers' classes: imported by users of transformers alone
 PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
@@ -140,7 +144,10 @@ def test_only_training_knows_the_engine(path: Path) -> None:
     assert not {name for name in imports_of(path) if inside(name, "olmo_core")}
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p not in below("training")], ids=short)
+HTTP = {ROOT / "server" / f"{name}.py" for name in ("app", "guard", "http", "schema")}
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p not in {*below("training"), *HTTP}], ids=short)
 def test_extras_are_imported_where_they_are_used(path: Path) -> None:
     at_load = imports_at_load(path.read_text(), package_of(path))
     wrapper = short(path) in WRAPPERS

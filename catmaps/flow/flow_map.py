@@ -19,7 +19,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from catmaps.flow.interpolant import AnyState, Combination, State, advance, step_fraction
-from catmaps.flow.noise import Key, Noise, random_key
+from catmaps.flow.noise import Key, Noise, Randomness, RowStreams, random_key
 from catmaps.tiles import MovingReadout, Projection, Readout, Tile, Weight, fused, over_tiles
 
 
@@ -244,13 +244,19 @@ class FlowMap:
     def random_noise(
         self,
         shape: tuple[int, ...],
-        generator: torch.Generator | None,
+        generator: Randomness | None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
         common: bool = False,
     ) -> Float[Tensor, "b l v"] | Noise:
-        """x_0 of texts of shape (B, L) from a generator, on its device or `device`; one for all rows if `common`."""
+        """x_0 of texts of shape (B, L) from a generator, on its device or `device`; one for all rows if `common`.
+
+        Rows with streams of their own get the same numbers held and not held, in fp32.
+        """
         batch, length = shape
+        if isinstance(generator, RowStreams):
+            noise = generator.noise(length, self.denoiser.vocab_size)
+            return noise.x.to(dtype) if self.holds(batch, length) else noise
         device = generator.device if generator is not None else device
         if self.holds(batch, length):
             whole = (1 if common else batch, length, self.denoiser.vocab_size)

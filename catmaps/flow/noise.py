@@ -123,6 +123,45 @@ class Noise:
         return self._normals(projection.factor.shape[0]) @ projection.factor.mT
 
 
+def uniforms(key: Key, sample: Int[Tensor, "b l"], position: Int[Tensor, "b l"]) -> Float[Tensor, "b l"]:
+    """A number in [0, 1), fp64, for each (sample, position); arguments as `normals`."""
+    seed, step = key
+    words = torch.tensor([seed & LOW, step & LOW, (seed >> 32 & 0xFFFF) << 16], device=sample.device)
+    place = position | (sample >> 32 & 0xFFF) << 20
+    counter = torch.broadcast_tensors(torch.zeros_like(sample), place, sample & LOW, words[2])
+    high, low, _, _ = philox(counter, (words[0], words[1]))
+    return ((high >> 5 << 26) + (low >> 6)).double() * 2.0**-53
+
+
+@dataclass
+class RowStreams:
+    """Randomness for a batch whose rows have their own each, where a generator would deal to the batch as a whole.
+
+    What a row is dealt depends on its index and on how often the batch was dealt to, never on the rows beside it.
+    """
+
+    sample: Int[Tensor, "b"]
+    """Index of each row's stream, below 2^44; streams of one index are the same."""
+    dealt: int = 0
+
+    def _next(self) -> Key:
+        self.dealt += 1
+        return 0, self.dealt
+
+    def noise(self, length: int, vocab_size: int) -> Noise:
+        """Fresh noise for texts of `length` tokens."""
+        return Noise.of(self._next(), self.sample, length, vocab_size)
+
+    def uniform(self, length: int) -> Float[Tensor, "b {length}"]:
+        """Fresh numbers in [0, 1), fp64, on the rows' device."""
+        place = torch.arange(length, device=self.sample.device).expand(len(self.sample), -1)
+        return uniforms(self._next(), self.sample[:, None].expand(-1, length), place)
+
+
+Randomness = torch.Generator | RowStreams
+"""What samplers draw from."""
+
+
 def random_key(generator: torch.Generator | None) -> Key:
     """A key from a generator; the global one if None."""
     device = generator.device if generator is not None else None

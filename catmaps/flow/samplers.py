@@ -22,16 +22,19 @@ from catmaps.flow.interpolant import (
     renoise,
     step_fraction,
 )
-from catmaps.flow.noise import Noise, random_key
+from catmaps.flow.noise import Noise, Randomness, RowStreams, random_key
 
 Ending = Tensor | Endpoint
 """mu of a step: (B, L, V) where states are held, else made when needed."""
-Step = Callable[[FlowMap, AnyState, Tensor, Tensor, torch.Generator | None], tuple[AnyState, Ending]]
+Step = Callable[[FlowMap, AnyState, Tensor, Tensor, Randomness | None], tuple[AnyState, Ending]]
 Watch = Callable[[float, Tensor], None]
 
 
-def _fresh_noise(state: AnyState, generator: torch.Generator | None) -> Tensor | Noise:
+def _fresh_noise(state: AnyState, generator: Randomness | None) -> Tensor | Noise:
     """Noise for a state, held as the state is."""
+    if isinstance(generator, RowStreams):
+        noise = generator.noise(*state.shape[1:])
+        return noise.x.to(state.x.dtype) if isinstance(state, State) else noise
     if isinstance(state, State):
         return torch.randn(state.x.shape, generator=generator, dtype=state.x.dtype, device=state.x.device)
     sample = torch.arange(state.batch_size, device=state.terms[0][0].device)
@@ -52,16 +55,21 @@ def _at_point(probabilities: Tensor, point: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, point, right=True)[..., 0].clamp_max(probabilities.shape[-1] - 1)
 
 
-def _draw(mu: Ending, generator: torch.Generator | None) -> Int[Tensor, "b l"]:
+def _draw(mu: Ending, generator: Randomness | None) -> Int[Tensor, "b l"]:
     """`categorical` of an endpoint, made or not."""
-    if isinstance(mu, Tensor):
+    if isinstance(generator, RowStreams):
+        point = generator.uniform(mu.shape[1])
+    elif isinstance(mu, Tensor):
         return categorical(mu, generator)
-    point = torch.rand(mu.shape[:2], generator=generator, dtype=torch.float64, device=mu.hidden.device)
+    else:
+        point = torch.rand(mu.shape[:2], generator=generator, dtype=torch.float64, device=mu.hidden.device)
+    if isinstance(mu, Tensor):
+        return _at_point(mu, point)
     return positionwise(mu, lambda log_mu, tile: _at_point(log_mu.exp(), tile(point)))
 
 
 def euler(
-    flow_map: FlowMap, state: AnyState, s: Tensor, t: Tensor, generator: torch.Generator | None
+    flow_map: FlowMap, state: AnyState, s: Tensor, t: Tensor, generator: Randomness | None
 ) -> tuple[AnyState, Ending]:
     """One Euler step of the flow: the jump towards mu_{s,s}. Exact in u = t/(1-t); first order."""
     mu = flow_map.endpoint(state, s, s)
@@ -69,7 +77,7 @@ def euler(
 
 
 def heun(
-    flow_map: FlowMap, state: AnyState, s: Tensor, t: Tensor, generator: torch.Generator | None
+    flow_map: FlowMap, state: AnyState, s: Tensor, t: Tensor, generator: Randomness | None
 ) -> tuple[AnyState, Ending]:
     """The trapezoidal rule in u, where the flow is d(x/(1-t))/du = mu: second order, two calls.
 
@@ -83,7 +91,7 @@ def heun(
 
 
 def flow_map_step(
-    flow_map: FlowMap, state: AnyState, s: Tensor, t: Tensor, generator: torch.Generator | None
+    flow_map: FlowMap, state: AnyState, s: Tensor, t: Tensor, generator: Randomness | None
 ) -> tuple[AnyState, Ending]:
     """One jump of the map, X_{s,t}."""
     mu = flow_map.endpoint(state, s, t)
@@ -91,7 +99,7 @@ def flow_map_step(
 
 
 def renoise_step(
-    flow_map: FlowMap, state: AnyState, s: Tensor, t: Tensor, generator: torch.Generator | None
+    flow_map: FlowMap, state: AnyState, s: Tensor, t: Tensor, generator: Randomness | None
 ) -> tuple[AnyState, Ending]:
     """Jump to the end, X_{s,1}, then renoise back to t: eq. (13) with t' = 1 (multistep consistency sampling)."""
     end = torch.ones_like(t)
@@ -101,7 +109,7 @@ def renoise_step(
 
 
 def localisation(
-    flow_map: FlowMap, state: AnyState, s: Tensor, t: Tensor, generator: torch.Generator | None
+    flow_map: FlowMap, state: AnyState, s: Tensor, t: Tensor, generator: Randomness | None
 ) -> tuple[AnyState, Ending]:
     """Ancestral sampling in the localisation coordinate Y = x t / (1 - t)^2, whose clock is the SNR:
 
@@ -143,7 +151,7 @@ def sample(
     *,
     tokens: Int[Tensor, "b l"] | None = None,
     known: Bool[Tensor, "b l"] | None = None,
-    generator: torch.Generator | None = None,
+    generator: Randomness | None = None,
     watch: Watch | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Int[Tensor, "b l"]:
@@ -157,7 +165,7 @@ def sample(
         shape: (B, L, V).
         tokens: Given text, (B, L); read where `known`.
         known: Positions held clean at time 1 throughout.
-        generator: Source of randomness; the global one if None.
+        generator: Source of randomness; the global one if None. With `RowStreams` a text depends on its own row alone.
         watch: Called after every step with (t, endpoint); for pictures of the trajectory.
         dtype: Of the state; fp32, or fp64 for tests.
 
@@ -185,7 +193,7 @@ UNHELD_STEPS = 8  # a state that is not held is made again from all endpoints so
 
 
 def _pure_noise(
-    flow_map: FlowMap, shape: tuple[int, int, int], steps: int, generator: torch.Generator | None, dtype: torch.dtype
+    flow_map: FlowMap, shape: tuple[int, int, int], steps: int, generator: Randomness | None, dtype: torch.dtype
 ) -> AnyState:
     """Where sampling starts: noise, not held if it exceeds a tile and few steps follow, or if only x W is ever seen."""
     spread = flow_map.temperature**0.5

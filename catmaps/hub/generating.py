@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils.generic import ModelOutput
 
-from catmaps.generation import SamplingConfig, Watch, blocks, context_of, default_sampling, draw
+from catmaps.generation import SamplingConfig, Watch, blocks, default_sampling, draw, next_window
 from catmaps.model import Run
 
 
@@ -156,7 +156,7 @@ class _Writer:
         written, calls, parts = prompt.shape[1], 0, [prompt[:, :0]]
 
         def watch(t: float, endpoint: Tensor) -> None:
-            context = context_of(written, prompt.shape[1] + wanted - written, self.run.config.data.length)
+            context, _ = next_window(written, prompt.shape[1] + wanted - written, self.run.config.data.length)
             self._draft(endpoint[:, context:])
 
         self._put(prompt)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from catmaps.flow.noise import Noise, normals, philox
+from catmaps.flow.noise import Noise, RowStreams, normals, philox, uniforms
 from catmaps.tiles import Projection, split
 
 Z = torch.zeros((), dtype=torch.int64)
@@ -74,3 +74,33 @@ def test_projected_noise_has_the_law_of_the_projection() -> None:
         rows = drawn.flatten(0, 1).double()
         assert (rows.T @ rows / len(rows) - exact).norm().item() < 0.03 * exact.norm().item()
         assert rows.mean(0).abs().max().item() < 5 * exact.diagonal().max().sqrt().item() / math.sqrt(len(rows))
+
+
+# ---- streams by row
+
+
+def test_a_row_is_dealt_the_same_whatever_stands_beside_it() -> None:
+    crowd, alone = RowStreams(torch.tensor([5, 2**43, 7])), RowStreams(torch.tensor([2**43]))
+    for _ in range(3):
+        assert torch.equal(crowd.noise(4, 6).x[1:2], alone.noise(4, 6).x)
+        assert torch.equal(crowd.uniform(9)[1:2], alone.uniform(9))
+
+
+def test_deals_rows_and_positions_are_distinct() -> None:
+    streams = RowStreams(torch.arange(50))
+    first, second = streams.uniform(40), streams.uniform(40)
+    assert len(torch.stack([first, second]).unique()) == 2 * 50 * 40
+    noises = torch.stack([streams.noise(8, 8).x.flatten() for _ in range(2)])
+    assert abs(torch.corrcoef(noises)[0, 1].item()) < 5 / math.sqrt(noises.shape[1])
+
+
+def test_uniforms_are_uniform() -> None:
+    index = torch.arange(400)[:, None].expand(-1, 250)
+    drawn = uniforms((0, 3), index, torch.arange(250).expand(400, -1))
+    assert drawn.dtype == torch.float64
+    assert ((drawn >= 0) & (drawn < 1)).all()
+    counts = torch.histc(drawn, 20, 0, 1)
+    # chi-squared of 19 degrees of freedom exceeds 50 once in 7,000
+    assert ((counts - 5000).square() / 5000).sum().item() < 50
+    rest = (drawn * 2**30).frac()  # the bits below a float's are as random
+    assert ((torch.histc(rest, 20, 0, 1) - 5000).square() / 5000).sum().item() < 50

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from catmaps.flow.flow_map import FlowMap
 from catmaps.flow.interpolant import State, clamp_known, gaussian, renoise
+from catmaps.flow.noise import RowStreams
 from catmaps.flow.samplers import SAMPLERS, categorical, flow_map_step, localisation, renoise_step, sample
 from catmaps.flow.times import grid, uniform, warp
 
@@ -268,3 +269,39 @@ def test_events_of_probability_1e_9_are_drawn(fixed_point: Callable[[float], Non
     fixed_point(point)
     probabilities = torch.tensor([[[0.0, 1e-9, 1.0, 1e-9, 1e-9]]])
     assert categorical(probabilities).item() == token
+
+
+# ---- randomness by row
+
+
+@pytest.mark.parametrize(
+    ("flow_map", "name", "steps"), [(EXACT, "renoise", 2), (DIAGONAL, "localisation", 48), (DIAGONAL, "euler", 32)]
+)
+def test_streams_by_row_sample_the_joint(flow_map: FlowMap, name: str, steps: int) -> None:
+    streams = RowStreams(torch.arange(N))
+    drawn = sample(flow_map, SAMPLERS[name], grid(CLOCK, steps), (N, 2, 3), generator=streams, dtype=torch.float64)
+    assert total_variation(drawn, JOINT.probabilities) < 0.015
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_row_with_its_stream_is_the_same_in_every_batch(name: str) -> None:
+    def drawn(rows: list[int]) -> list[list[int]]:
+        shape, streams = (len(rows), 2, 3), RowStreams(torch.tensor(rows))
+        return sample(EXACT, SAMPLERS[name], grid(CLOCK, 4), shape, generator=streams, dtype=torch.float64).tolist()
+
+    crowd = drawn(list(range(40)))
+    assert len({tuple(text) for text in crowd}) > 2
+    assert [*drawn([7]), *drawn([31, 2])] == [crowd[7], crowd[31], crowd[2]]
+
+
+def test_a_generator_deals_to_the_batch_as_a_whole() -> None:
+    """What a seed means for `sample` and `generate`: one draw for the start, one after every step."""
+    times, generator, by_hand = grid(CLOCK, 3), seeded(4), seeded(4)
+    drawn = sample(EXACT, renoise_step, times, (5, 2, 3), generator=generator, dtype=torch.float64)
+    state = gaussian((5, 2, 3), by_hand, torch.float64)
+    for s, t in itertools.pairwise(times.tolist()):
+        clean = EXACT.jump(state, *times_like(state, s, 1.0))
+        noise = torch.randn(state.x.shape, generator=by_hand, dtype=torch.float64)
+        state = renoise(clean, *times_like(state, 1.0, t), noise)
+    assert torch.equal(drawn, state.x.argmax(-1))
+    assert torch.equal(generator.get_state(), by_hand.get_state())
