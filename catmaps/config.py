@@ -121,6 +121,29 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How processes share the work (docs/scale.md). They always divide the batch."""
+
+    strategy: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """ddp: each process holds the whole network; fsdp: all share one copy of weights, gradients, optimiser and average;
+    hsdp: groups of `shard_degree` share one."""
+    shard_degree: int | None = None
+    """Processes of a group of hsdp; None: those of a machine."""
+    checkpoint_activations: bool = False
+    """Blocks are done again in the backward pass: less memory, a third more time."""
+    timeout: int = 600
+    """Seconds that a process waits for another before the run ends, to be started again."""
+
+    def __post_init__(self) -> None:
+        if self.shard_degree is not None and self.shard_degree < 1:
+            raise ValueError(f"parallel.shard_degree must be at least 1, not {self.shard_degree}")
+        if self.shard_degree is not None and self.strategy != "hsdp":
+            raise ValueError("parallel.shard_degree is for parallel.strategy hsdp")
+        if self.timeout < 1:
+            raise ValueError(f"parallel.timeout must be at least 1, not {self.timeout}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """All of a run."""
 
@@ -135,6 +158,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         if self.family != "flow" and (self.base is not None or self.objective.off_diagonal > 0):
@@ -147,6 +171,11 @@ ADDED: dict[str, Any] = {
     "objective.final": 0.0,
     "objective.ladder": 0.0,
     "training.tile_megabytes": 128,
+    "parallel": {},
+    "parallel.strategy": "ddp",
+    "parallel.shard_degree": None,
+    "parallel.checkpoint_activations": False,
+    "parallel.timeout": 600,
 }
 """Fields that files of earlier versions lack, with what those runs were."""
 

@@ -88,6 +88,10 @@ class LinearEmbedding(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.table.weight, std=self.table.in_features**-0.5)
 
+    def forget_casts(self) -> None:
+        """As `FlowNetwork.forget_casts`."""
+        self._known, self._cast = None, KeptCast()
+
     @property
     def projects(self) -> bool:
         """Whether x W has fewer dimensions than x: noise is then drawn in these d alone."""

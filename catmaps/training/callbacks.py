@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from olmo_core.distributed.utils import get_rank
+from olmo_core.distributed.utils import broadcast_object, get_rank
 from olmo_core.train.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from catmaps.model import CLOCK, METRICS, MODEL, write_law, write_tensors
 from catmaps.training.module import FlowTrainModule
+from catmaps.training.parallelize import let_go, whole
 
 
 def _module(callback: Callback) -> FlowTrainModule:
@@ -47,9 +48,11 @@ class MetricsCallback(Callback):
 
     def pre_train(self) -> None:
         self._began, self._began_cpu = time.monotonic(), time.process_time()
+        if get_rank() == 0:
+            self._forget_what_was_undone()
+        self.bounded = broadcast_object(self.bounded)
         if get_rank() != 0:
             return
-        self._forget_what_was_undone()
         columns = (
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -131,13 +134,19 @@ class ValidationCallback(Callback):
             self.evaluate()
 
     def evaluate(self) -> None:
-        """Writes bits per character and its standard error over texts to metrics.jsonl (process 0)."""
-        if get_rank() != 0 or len(self.tokens) < 2 or self.step in self.metrics.bounded:
+        """Writes bits per character and its standard error over texts to metrics.jsonl (process 0).
+
+        Processes that share a network all call it, with the same texts and the same random numbers.
+        """
+        module = _module(self)
+        if (get_rank() != 0 and not module.sharded) or len(self.tokens) < 2 or self.step in self.metrics.bounded:
             return
         self.metrics.bounded.add(self.step)
-        mean, stderr = validation_bound(_module(self), self.tokens)
-        scale = 1 / (math.log(2) * self.characters_per_token)
-        self.metrics.write(self.step, {"nelbo_bits_per_char": mean * scale, "nelbo_stderr": stderr * scale})
+        mean, stderr = validation_bound(module, self.tokens)
+        let_go(module.average)
+        if get_rank() == 0:
+            scale = 1 / (math.log(2) * self.characters_per_token)
+            self.metrics.write(self.step, {"nelbo_bits_per_char": mean * scale, "nelbo_stderr": stderr * scale})
 
 
 def validation_bound(module: FlowTrainModule, tokens: Int[Tensor, "n l"]) -> tuple[float, float]:
@@ -161,7 +170,8 @@ class ExportCallback(Callback):
     folder: Path = field(default_factory=Path)
 
     def post_checkpoint_saved(self, path: Any) -> None:
+        module = _module(self)
+        tensors = {name: whole(tensor) for name, tensor in module.average.state_dict().items()}
         if get_rank() == 0:
-            module = _module(self)
-            write_tensors(module.average.state_dict(), self.folder / MODEL)
+            write_tensors(tensors, self.folder / MODEL)
             write_law(module.law, self.folder / CLOCK)

@@ -18,6 +18,7 @@ from catmaps.flow.times import Law
 from catmaps.network.tokens import Network
 from catmaps.training.objectives import objective_of
 from catmaps.training.optim import build_optimisers, rate, set_rate
+from catmaps.training.parallelize import forget_casts, is_sharded, local, whole
 
 ROLES = ("diagonal", "off_diagonal", "anchor")
 
@@ -41,6 +42,7 @@ class FlowTrainModule(TrainModule):
         self.optimisers = build_optimisers(network, config.optimiser)
         self.clock = InformationClock(law)
         self.adapts = config.clock.adaptive and teacher is None
+        self.sharded = is_sharded(network)
         self._added: Tensor | None = None
 
     @property
@@ -58,12 +60,13 @@ class FlowTrainModule(TrainModule):
         device = self.network.log_prior.device
         tokens = batch["input_ids"].long().to(device)
         step = 0 if dry_run else self.trainer.global_step
-        whole = self.objective.batch(self.law, len(tokens) * world, tokens.shape[1], (training.seed, step))
+        drawn = self.objective.batch(self.law, len(tokens) * world, tokens.shape[1], (training.seed, step))
         index = torch.arange(len(tokens)) * world + rank
         loss, sums = torch.zeros((), device=device), torch.zeros(3, device=device)
         added = torch.zeros(2, len(self.clock.sums), dtype=torch.float64)
         for rows in torch.arange(len(tokens)).split(training.micro_batch):
-            part = whole.loss(tokens[rows], index[rows])
+            together = torch.arange(int(rows[0]) * world, (int(rows[-1]) + 1) * world) if self.sharded else None
+            part = drawn.loss(tokens[rows], index[rows], together)
             part.total.backward()
             loss, sums = loss + part.total.detach(), sums + part.sums
             added = added + self.clock.contributions(part.diagonal_times, part.squared_error)
@@ -72,17 +75,18 @@ class FlowTrainModule(TrainModule):
             return
         self._added = _sum_over_processes([added])[0]
         self.record_metric("loss", loss, ReduceType.sum)
-        for name, value, count in zip(ROLES, sums, whole.counts.tolist(), strict=True):
+        for name, value, count in zip(ROLES, sums, drawn.counts.tolist(), strict=True):
             if count:
                 self.record_metric(f"loss_{name}", value / count, ReduceType.sum)
 
     def optim_step(self) -> None:
         """Sums gradients over processes, clips, steps, and moves the average and the clock."""
         optimiser, step = self.config.optimiser, self.trainer.global_step
-        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        for gradient, summed in zip(gradients, _sum_over_processes(gradients), strict=True):
-            gradient.copy_(summed)
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), optimiser.clip)
+        if not self.sharded:
+            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+            for gradient, summed in zip(gradients, _sum_over_processes(gradients), strict=True):
+                gradient.copy_(summed)
+        norm = whole(nn.utils.clip_grad_norm_(self.network.parameters(), optimiser.clip))
         factor = rate(step, self.config.training.steps, optimiser)
         set_rate(self.optimisers, factor)
         for o in self.optimisers:
@@ -90,7 +94,9 @@ class FlowTrainModule(TrainModule):
         decay = min(optimiser.ema, step / (step + 9))
         with torch.no_grad():
             for mean, own in zip(self.average.parameters(), self.network.parameters(), strict=True):
-                mean.lerp_(own, 1 - decay)
+                local(mean).lerp_(local(own), 1 - decay)
+        for net in (self.network, self.average):  # fused optimisers and gathers leave a tensor's version as it was
+            forget_casts(net)
         if self._added is not None:
             self.clock.update(self._added, step)
         self.record_metric("gradient_norm", norm, ReduceType.max)

@@ -106,8 +106,13 @@ def start(config: Config, folder: Path) -> Config:
 
 def _networks(config: Config, folder: Path, shards: Path) -> tuple[Network, Network, Network | None]:
     """(in training, moving average, teacher), all alike at the start; initialised from the run's seed."""
+    from catmaps.training.parallelize import device_mesh, sharded_networks
+
     torch.manual_seed(config.training.seed)
     log_prior = smoothed_log_prior(torch.from_numpy(token_counts(shards)).double())
+    mesh = device_mesh(config.parallel, best_device())
+    if mesh is not None:
+        return sharded_networks(config, log_prior, folder / TEACHER if config.base else None, mesh)
     network, average = (network_of(config, log_prior) for _ in range(2))
     teacher = None
     if config.base is not None:
@@ -122,7 +127,7 @@ def _networks(config: Config, folder: Path, shards: Path) -> tuple[Network, Netw
         if net is None:
             continue
         net.to(best_device())
-        configure(net, config.training)
+        configure(net, config.training, config.parallel)
         if config.training.compile:
             compile_blocks(net)
     return network, average, teacher
