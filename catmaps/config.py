@@ -92,6 +92,10 @@ class TrainingConfig:
     threads: int | None = None
     """CPU threads of a process; None: torch's choice."""
     save_every: int = 500
+    keep: int = 2
+    """Checkpoints that are kept, the latest ones."""
+    keep_every: int = 0
+    """Checkpoints of steps divisible by this are kept for good; 0: none."""
     log_every: int = 10
     evaluate_every: int = 500
     """Steps between two likelihood bounds on the validation split; 0: never."""
@@ -108,6 +112,7 @@ class TrainingConfig:
             "batch",
             "micro_batch",
             "save_every",
+            "keep",
             "log_every",
             "evaluate_sequences",
             "tile_megabytes",
@@ -116,8 +121,9 @@ class TrainingConfig:
                 raise ValueError(f"training.{name} must be at least 1, not {getattr(self, name)}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"training.threads must be at least 1, not {self.threads}")
-        if self.seed < 0 or self.evaluate_every < 0:
-            raise ValueError("training.seed and training.evaluate_every must not be negative")
+        for name in ("seed", "evaluate_every", "keep_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"training.{name} must not be negative, as {getattr(self, name)} is")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +177,8 @@ ADDED: dict[str, Any] = {
     "objective.final": 0.0,
     "objective.ladder": 0.0,
     "training.tile_megabytes": 128,
+    "training.keep": 2,
+    "training.keep_every": 0,
     "parallel": {},
     "parallel.strategy": "ddp",
     "parallel.shard_degree": None,

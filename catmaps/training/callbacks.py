@@ -1,4 +1,4 @@
-"""What happens around the steps: metrics as JSONL, a progress line, validation, and files anyone may read."""
+"""What happens around the steps: metrics as JSONL, a progress line, validation."""
 
 import json
 import math
@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from catmaps.model import CLOCK, METRICS, MODEL, write_law, write_tensors
+from catmaps.model import METRICS
 from catmaps.training.module import FlowTrainModule
-from catmaps.training.parallelize import let_go, whole
+from catmaps.training.parallelize import let_go
 
 
 def _module(callback: Callback) -> FlowTrainModule:
@@ -161,17 +161,3 @@ def validation_bound(module: FlowTrainModule, tokens: Int[Tensor, "n l"]) -> tup
     )
     per_token = nats / tokens.shape[1]
     return per_token.mean().item(), (per_token.std() / math.sqrt(len(per_token))).item()
-
-
-@dataclass
-class ExportCallback(Callback):
-    """After every checkpoint: the moving average and the law of time, as safetensors, in the run's folder."""
-
-    folder: Path = field(default_factory=Path)
-
-    def post_checkpoint_saved(self, path: Any) -> None:
-        module = _module(self)
-        tensors = {name: whole(tensor) for name, tensor in module.average.state_dict().items()}
-        if get_rank() == 0:
-            write_tensors(tensors, self.folder / MODEL)
-            write_law(module.law, self.folder / CLOCK)

@@ -1,6 +1,7 @@
 """What a batch does: plan it, draw its noise, backward over micro-batches, step, follow with the moving average."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from olmo_core.distributed.utils import get_rank, get_world_size
 from olmo_core.train import ReduceType
 from olmo_core.train.train_module import EvalBatchSpec, TrainModule
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from catmaps.config import Config
 from catmaps.errors import UserError
 from catmaps.flow.adaptive import InformationClock
 from catmaps.flow.times import Law
+from catmaps.model import must_match
 from catmaps.network.tokens import Network
 from catmaps.training.objectives import objective_of
 from catmaps.training.optim import build_optimisers, rate, set_rate
@@ -43,6 +46,7 @@ class FlowTrainModule(TrainModule):
         self.clock = InformationClock(law)
         self.adapts = config.clock.adaptive and teacher is None
         self.sharded = is_sharded(network)
+        self.source = Path("the checkpoint")  # what it is loaded from, for messages
         self._added: Tensor | None = None
 
     @property
@@ -119,6 +123,21 @@ class FlowTrainModule(TrainModule):
             state["optim"] = dcp.get_optimizer_state_dict(self.network, self.optimisers, options=options)
         return state
 
+    def state_dict_to_load(self, metadata: Metadata, *, optim: bool | None = None) -> dict[str, Any]:
+        """What a checkpoint has to hold.
+
+        Raises:
+            UserError: It lacks a tensor, has an unknown one or one of another shape; names it.
+        """
+        state = self.state_dict(optim=optim)
+        stored = {
+            name: tuple(about.size)
+            for name, about in metadata.state_dict_metadata.items()
+            if isinstance(about, TensorStorageMetadata) and (optim is not False or not name.startswith("optim."))
+        }
+        must_match(_shapes(state), stored, self.source)
+        return state
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         dcp.set_model_state_dict(self.network, state_dict["model"])
         dcp.set_model_state_dict(self.average, state_dict["average"])
@@ -135,6 +154,17 @@ class FlowTrainModule(TrainModule):
 
     def global_num_flops_in_batch(self, batch: dict[str, Any]) -> int | None:
         return None
+
+
+def _shapes(tree: dict[str, Any], prefix: str = "") -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of nested dictionaries, under the names that a checkpoint gives them."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            shapes |= _shapes(value, f"{prefix}{name}.")
+        elif isinstance(value, Tensor):
+            shapes[prefix + name] = tuple(value.shape)
+    return shapes
 
 
 def _sum_over_processes(tensors: list[Tensor]) -> list[Tensor]:

@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -171,13 +172,14 @@ def _loader(config: Config, shards: Path) -> Any:
     )
 
 
-def _prepare_processes() -> None:
+def _prepare_processes(timeout: int) -> None:
     if "RANK" in os.environ:  # started by torchrun
         os.environ.setdefault("FS_LOCAL_RANK", os.environ["RANK"])
         from olmo_core.distributed.utils import init_distributed, is_distributed
 
         if not is_distributed():
-            init_distributed(backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            init_distributed(backend=backend, timeout=timedelta(seconds=timeout))
 
 
 def train(folder: Path, *, stop_after: int | None = None) -> Outcome:
@@ -193,19 +195,21 @@ def train(folder: Path, *, stop_after: int | None = None) -> Outcome:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised, too
     try:
         from olmo_core.train import Duration, TrainerConfig
-        from olmo_core.train.callbacks import CheckpointerCallback
     except ImportError as error:
         raise UserError(EXTRA) from error
-    from catmaps.training.callbacks import ExportCallback, MetricsCallback
+    from catmaps.training.callbacks import MetricsCallback
+    from catmaps.training.checkpoints import CheckpointCallback, Checkpointer, verify_latest
     from catmaps.training.module import FlowTrainModule
 
     config = read_config(folder)
     training = config.training
     if training.threads is not None:
         torch.set_num_threads(training.threads)
-    _prepare_processes()
+    _prepare_processes(config.parallel.timeout)
     shards = find_shards(config)
+    latest = verify_latest(folder / CHECKPOINTS)
     module = FlowTrainModule(config, *_networks(config, folder, shards), read_law(folder / START_LAW))
+    module.source = folder / CHECKPOINTS / f"step{latest}"
     metrics = MetricsCallback(folder=folder)
     trainer = TrainerConfig(
         save_folder=str(folder / CHECKPOINTS),
@@ -217,17 +221,12 @@ def train(folder: Path, *, stop_after: int | None = None) -> Outcome:
         cancel_check_interval=1,
         async_bookkeeping=False,  # asynchronous, a signal may stop processes at different steps, which then hang
         callbacks={
-            "checkpointer": CheckpointerCallback(
-                save_interval=training.save_every,
-                save_async=False,
-                pre_train_checkpoint=False,
-                max_checkpoints=2,
-            ),
-            "export": ExportCallback(folder=folder),
+            "checkpointer": CheckpointCallback(folder, config),
             "metrics": metrics,
             "validation": _validation(config, shards, metrics),
         },
     ).build(module, _loader(config, shards))
+    trainer.checkpointer = Checkpointer(work_dir=folder / CHECKPOINTS / "work", save_overwrite=True)
     trainer.fit()
     reason = trainer._cancel_reason if trainer.global_step < training.steps else None
     if dist.is_initialized():
