@@ -59,12 +59,19 @@ class OptimiserConfig:
     """Largest norm of the gradient."""
     ema: float = 0.995
     """Decay of the weights' moving average, which is what is saved, sampled and scored."""
+    spike: float = 0.0
+    """Steps are skipped whose gradient's norm lies so many standard deviations above the mean of the last 128; 0: only
+    those whose gradient is not finite."""
+    patience: int = 10
+    """Skipped steps in a row after which the run ends."""
 
     def __post_init__(self) -> None:
         if not (self.lr > 0 and self.muon_lr > 0 and self.clip > 0):
             raise ValueError("optimiser.lr, optimiser.muon_lr and optimiser.clip must be positive")
         if not 0 <= self.decay <= 1 or self.warmup < 0 or self.weight_decay < 0:
             raise ValueError("optimiser: decay must lie in [0, 1], warmup and weight_decay must not be negative")
+        if self.spike < 0 or self.patience < 1:
+            raise ValueError("optimiser.spike must not be negative and optimiser.patience at least 1")
         for name in ("beta1", "beta2", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimiser.{name} must lie in [0, 1), not {getattr(self, name)}")
@@ -177,6 +184,8 @@ ADDED: dict[str, Any] = {
     "objective.final": 0.0,
     "objective.ladder": 0.0,
     "training.tile_megabytes": 128,
+    "optimiser.spike": 0.0,
+    "optimiser.patience": 10,
     "training.keep": 2,
     "training.keep_every": 0,
     "parallel": {},
@@ -190,6 +199,15 @@ ADDED: dict[str, Any] = {
 
 def to_json(config: Config) -> str:
     return json.dumps(asdict(config), indent=2) + "\n"
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Every field by its name on the command line, as network.width."""
+    parts = asdict(config)
+    named = [
+        (f"{part}.{name}", value) for part, of in parts.items() if isinstance(of, dict) for name, value in of.items()
+    ]
+    return {part: value for part, value in parts.items() if not isinstance(value, dict)} | dict(named)
 
 
 def from_json(text: str, where: str) -> Config:

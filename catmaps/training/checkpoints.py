@@ -21,7 +21,7 @@ from olmo_core.distributed.utils import all_gather_object, get_rank, get_world_s
 from olmo_core.train import checkpoint as engine
 from olmo_core.train.callbacks import CheckpointerCallback
 from olmo_core.train.checkpoint import CheckpointMetadata
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from catmaps.config import Config
 from catmaps.errors import UserError
@@ -136,7 +136,9 @@ class CheckpointCallback(CheckpointerCallback):
     def pre_train(self) -> None:
         if is_distributed() and self.checkpointer.process_group is None:
             # Collectives of the background must not mix with those of training.
-            self.checkpointer.process_group = dist.new_group(timeout=timedelta(seconds=self.timeout), backend="gloo")
+            group = dist.new_group(timeout=timedelta(seconds=self.timeout), backend="gloo")
+            assert isinstance(group, dist.ProcessGroup)
+            self.checkpointer.process_group = group
         self._retire()
 
     def post_train_batch(self) -> None:

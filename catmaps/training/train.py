@@ -4,14 +4,13 @@ import logging
 import os
 import shutil
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from catmaps.config import Config, to_json
+from catmaps.config import Config, flat, to_json
 from catmaps.errors import UserError
 from catmaps.model import (
     CHECKPOINTS,
@@ -37,6 +36,7 @@ from catmaps.text.build import ensure_embedded
 from catmaps.text.manifest import MANIFEST_FILE, load_manifest
 from catmaps.text.shards import sequences, token_counts, verify
 
+BEGUN = ".begun"  # while a folder is being made
 START_LAW = "start_clock.safetensors"
 EXTRA = "training needs the engine: pip install 'catmaps[train]'"
 
@@ -92,6 +92,7 @@ def start(config: Config, folder: Path) -> Config:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {folder} ({error.strerror}); choose another --out") from error
+    (folder / BEGUN).touch()
     tokenizers.save(tokenizer, folder)
     shutil.copy(shards / MANIFEST_FILE, folder / MANIFEST_FILE)
     if config.base is None:
@@ -102,7 +103,28 @@ def start(config: Config, folder: Path) -> Config:
     draft = folder / f".{CONFIG}.draft"  # other processes wait for the finished file
     draft.write_text(to_json(config), encoding="utf-8")
     os.replace(draft, folder / CONFIG)
+    (folder / BEGUN).unlink()
     return config
+
+
+def restart(config: Config, folder: Path) -> Config:
+    """As `start`, but a run that was begun with the same configuration is left as it is, to be gone on with.
+
+    Raises:
+        UserError: As `start`; or the folder's run has another configuration: names the first field that differs.
+    """
+    if not (folder / CONFIG).is_file():
+        if (folder / BEGUN).is_file():  # `start` was killed in a folder that had been empty
+            shutil.rmtree(folder)
+        return start(config, folder)
+    begun = read_config(folder)
+    own, other = flat(config), flat(begun)
+    for name in own:
+        if own[name] != other[name]:
+            raise UserError(
+                f"{folder} was begun with {name} {other[name]}, not {own[name]}: use the same options or another --out"
+            )
+    return begun
 
 
 def _networks(config: Config, folder: Path, shards: Path) -> tuple[Network, Network, Network | None]:
@@ -172,16 +194,6 @@ def _loader(config: Config, shards: Path) -> Any:
     )
 
 
-def _prepare_processes(timeout: int) -> None:
-    if "RANK" in os.environ:  # started by torchrun
-        os.environ.setdefault("FS_LOCAL_RANK", os.environ["RANK"])
-        from olmo_core.distributed.utils import init_distributed, is_distributed
-
-        if not is_distributed():
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            init_distributed(backend=backend, timeout=timedelta(seconds=timeout))
-
-
 def train(folder: Path, *, stop_after: int | None = None) -> Outcome:
     """Runs the configuration in `folder` to its end, from its last checkpoint if there is one.
 
@@ -194,18 +206,20 @@ def train(folder: Path, *, stop_after: int | None = None) -> Outcome:
     for name in ("olmo_core", "torch.distributed.checkpoint"):  # before the import, which talks as well
         logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised, too
     try:
+        from olmo_core.distributed.utils import get_rank, get_world_size
         from olmo_core.train import Duration, TrainerConfig
     except ImportError as error:
         raise UserError(EXTRA) from error
-    from catmaps.training.callbacks import MetricsCallback
+    from catmaps.training.callbacks import MetricsCallback, StragglerCallback, record
     from catmaps.training.checkpoints import CheckpointCallback, Checkpointer, verify_latest
     from catmaps.training.module import FlowTrainModule
+    from catmaps.training.processes import join_processes, losing_peers
 
     config = read_config(folder)
     training = config.training
     if training.threads is not None:
         torch.set_num_threads(training.threads)
-    _prepare_processes(config.parallel.timeout)
+    join_processes(config.parallel.timeout)
     shards = find_shards(config)
     latest = verify_latest(folder / CHECKPOINTS)
     module = FlowTrainModule(config, *_networks(config, folder, shards), read_law(folder / START_LAW))
@@ -223,11 +237,15 @@ def train(folder: Path, *, stop_after: int | None = None) -> Outcome:
         callbacks={
             "checkpointer": CheckpointCallback(folder, config),
             "metrics": metrics,
+            "stragglers": StragglerCallback(folder=folder),
             "validation": _validation(config, shards, metrics),
         },
     ).build(module, _loader(config, shards))
     trainer.checkpointer = Checkpointer(work_dir=folder / CHECKPOINTS / "work", save_overwrite=True)
-    trainer.fit()
+    if latest is not None and latest < training.steps and get_rank() == 0:
+        record(folder, latest, "resumed", processes=get_world_size())
+    with losing_peers(folder):
+        trainer.fit()
     reason = trainer._cancel_reason if trainer.global_step < training.steps else None
     if dist.is_initialized():
         dist.barrier()
