@@ -60,12 +60,19 @@ class OptimiserConfig:
     """Largest norm of the gradient."""
     ema: float = 0.995
     """Decay of the weights' moving average, which is what is saved, sampled and scored."""
+    spike: float = 0.0
+    """Steps are skipped whose gradient's norm lies so many standard deviations above the mean of the last 128; 0: only
+    those whose gradient is not finite."""
+    patience: int = 10
+    """Skipped steps in a row after which the run ends."""
 
     def __post_init__(self) -> None:
         if not (self.lr > 0 and self.muon_lr > 0 and self.clip > 0):
             raise ValueError("optimiser.lr, optimiser.muon_lr and optimiser.clip must be positive")
         if not 0 <= self.decay <= 1 or self.warmup < 0 or self.weight_decay < 0:
             raise ValueError("optimiser: decay must lie in [0, 1], warmup and weight_decay must not be negative")
+        if self.spike < 0 or self.patience < 1:
+            raise ValueError("optimiser.spike must not be negative and optimiser.patience at least 1")
         for name in ("beta1", "beta2", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimiser.{name} must lie in [0, 1), not {getattr(self, name)}")
@@ -94,6 +101,10 @@ class TrainingConfig:
     threads: int | None = None
     """CPU threads of a process; None: torch's choice."""
     save_every: int = 500
+    keep: int = 2
+    """Checkpoints that are kept, the latest ones."""
+    keep_every: int = 0
+    """Checkpoints of steps divisible by this are kept for good; 0: none."""
     log_every: int = 10
     evaluate_every: int = 500
     """Steps between two likelihood bounds on the validation split; 0: never."""
@@ -109,6 +120,7 @@ class TrainingConfig:
             "batch",
             "micro_batch",
             "save_every",
+            "keep",
             "log_every",
             "evaluate_sequences",
             "tile_megabytes",
@@ -117,8 +129,32 @@ class TrainingConfig:
                 raise ValueError(f"training.{name} must be at least 1, not {getattr(self, name)}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"training.threads must be at least 1, not {self.threads}")
-        if self.seed < 0 or self.evaluate_every < 0:
-            raise ValueError("training.seed and training.evaluate_every must not be negative")
+        for name in ("seed", "evaluate_every", "keep_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"training.{name} must not be negative, as {getattr(self, name)} is")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How processes share the work (docs/scale.md). They always divide the batch."""
+
+    strategy: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """ddp: each process holds the whole network; fsdp: all share one copy of weights, gradients, optimiser and average;
+    hsdp: groups of `shard_degree` share one."""
+    shard_degree: int | None = None
+    """Processes of a group of hsdp; None: those of a machine."""
+    checkpoint_activations: bool = False
+    """Blocks are done again in the backward pass: less memory, a third more time."""
+    timeout: int = 600
+    """Seconds that a process waits for another before the run ends, to be started again."""
+
+    def __post_init__(self) -> None:
+        if self.shard_degree is not None and self.shard_degree < 1:
+            raise ValueError(f"parallel.shard_degree must be at least 1, not {self.shard_degree}")
+        if self.shard_degree is not None and self.strategy != "hsdp":
+            raise ValueError("parallel.shard_degree is for parallel.strategy hsdp")
+        if self.timeout < 1:
+            raise ValueError(f"parallel.timeout must be at least 1, not {self.timeout}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +172,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     published: Annotated[PublishedConfig | None, tyro.conf.Suppress] = None
     """Whose architecture the network has, if it was imported."""
 
@@ -151,6 +188,15 @@ ADDED: dict[str, Any] = {
     "objective.ladder": 0.0,
     "training.tile_megabytes": 31,
     "published": None,
+    "optimiser.spike": 0.0,
+    "optimiser.patience": 10,
+    "training.keep": 2,
+    "training.keep_every": 0,
+    "parallel": {},
+    "parallel.strategy": "ddp",
+    "parallel.shard_degree": None,
+    "parallel.checkpoint_activations": False,
+    "parallel.timeout": 600,
 }
 """Fields that files of earlier versions lack, with what those runs were."""
 
@@ -166,6 +212,15 @@ HUB_TYPE = "catmaps"
 def is_exported(values: Any) -> bool:
     """Whether a config.json is that of an exported directory rather than of a run's folder."""
     return isinstance(values, dict) and values.get("model_type") == HUB_TYPE
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Every field by its name on the command line, as network.width."""
+    parts = asdict(config)
+    named = [
+        (f"{part}.{name}", value) for part, of in parts.items() if isinstance(of, dict) for name, value in of.items()
+    ]
+    return {part: value for part, value in parts.items() if not isinstance(value, dict)} | dict(named)
 
 
 def from_json(text: str, where: str) -> Config:

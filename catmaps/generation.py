@@ -152,7 +152,7 @@ def blocks(
         num_tokens: How many to write.
         config: How; its steps are those of every block.
         generator: Source of randomness, on the run's device.
-        watch: Sees (t, endpoint) after every step of every block; its window begins with the clean context of `next_window`.
+        watch: Sees (t, endpoint) after every step of every block, whose window begins with the context.
     """
     text, wanted, longest = prompt, prompt.shape[1] + num_tokens, run.config.data.length
     while (rest := wanted - text.shape[1]) > 0:

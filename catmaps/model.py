@@ -1,12 +1,15 @@
 """Puts a denoiser together from its parts, and reads and writes the folder of a run.
 
 A run's folder holds config.json, tokenizer.json, model.safetensors (moving average of the weights), clock.safetensors
-(the law of time it trained with), manifest.json (of its data), metrics.jsonl, and checkpoints/, which only
-`--resume` reads. A distilled run also keeps teacher.safetensors, so that it can be resumed wherever it is moved to.
+(the law of time it trained with), manifest.json (of its data), metrics.jsonl, events.jsonl (what happened besides
+steps), and checkpoints/, which only `--resume` reads. A distilled run also keeps teacher.safetensors, so that it can be
+resumed wherever it is moved to.
 """
 
 import json
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from catmaps.baselines.families import FAMILIES, Family
-from catmaps.config import ClockConfig, Config, TrainingConfig, from_json, is_exported
+from catmaps.config import ClockConfig, Config, ParallelConfig, TrainingConfig, from_json, is_exported
 from catmaps.errors import UserError
 from catmaps.flow import times
 from catmaps.flow.evidence import OffDiagonalGain, TimeFeatures
@@ -28,13 +31,15 @@ from catmaps.flow.times import Law
 from catmaps.network.denoiser import FlowNetwork, NetworkConfig
 from catmaps.network.published import PublishedConfig, PublishedNetwork
 from catmaps.network.tokens import Flow, Network, TokenNetwork
+from catmaps.network.trunk import Trunk
 from catmaps.text.tokenizers import Tokenizer
 from catmaps.text.tokenizers import load as load_tokenizer
 from catmaps.tiles import Fusion
 
 CONFIG, MODEL, CLOCK, TEACHER = "config.json", "model.safetensors", "clock.safetensors", "teacher.safetensors"
-METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
+METRICS, EVENTS, CHECKPOINTS = "metrics.jsonl", "events.jsonl", "checkpoints"
 HUB_PREFIX = "network."  # of the names of weights in an exported directory
+Device = torch.device | None
 PRECISION = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -57,16 +62,23 @@ def best_device() -> torch.device:
     return torch.device("cpu")
 
 
-def build_network(config: NetworkConfig, log_prior: Float[Tensor, "v"]) -> FlowNetwork:
-    """A fresh network; its time features run on the decoding-error warp of its vocabulary."""
+def build_network(config: NetworkConfig, log_prior: Float[Tensor, "v"], device: Device = None) -> FlowNetwork:
+    """A fresh network; its time features run on the decoding-error warp of its vocabulary.
+
+    `device` is where its weights are made; on "meta" they take no memory and must be filled. Buffers are always made.
+    """
     features = TimeFeatures(_warp(len(log_prior)))
-    return FlowNetwork(config, features, (OffDiagonalGain(), OffDiagonalGain()), log_prior)
+    with device or nullcontext():
+        return FlowNetwork(config, features, (OffDiagonalGain(), OffDiagonalGain()), log_prior)
 
 
-def build_baseline(family: Family, config: NetworkConfig, log_prior: Float[Tensor, "v"]) -> TokenNetwork:
+def build_baseline(
+    family: Family, config: NetworkConfig, log_prior: Float[Tensor, "v"], device: Device = None
+) -> TokenNetwork:
     """A fresh network of a baseline; its time features run on plain time."""
     features = TimeFeatures(times.uniform())
-    return TokenNetwork(config, features, log_prior, special=family.special, causal=family.causal)
+    with device or nullcontext():
+        return TokenNetwork(config, features, log_prior, special=family.special, causal=family.causal)
 
 
 def build_published(config: NetworkConfig, published: PublishedConfig, vocab_size: int) -> PublishedNetwork:
@@ -75,13 +87,13 @@ def build_published(config: NetworkConfig, published: PublishedConfig, vocab_siz
     return PublishedNetwork(config, published, vocab_size, clock)
 
 
-def network_of(config: Config, log_prior: Float[Tensor, "v"]) -> Network:
-    """A fresh network for a run."""
+def network_of(config: Config, log_prior: Float[Tensor, "v"], device: Device = None) -> Network:
+    """A fresh network for a run, its weights on `device`."""
     if config.published is not None:
         return build_published(config.network, config.published, len(log_prior))
     if config.family == "flow":
-        return build_network(config.network, log_prior)
-    return build_baseline(FAMILIES[config.family], config.network, log_prior)
+        return build_network(config.network, log_prior, device)
+    return build_baseline(FAMILIES[config.family], config.network, log_prior, device)
 
 
 def starting_law(config: ClockConfig, vocab_size: int) -> Law:
@@ -96,9 +108,11 @@ def starting_law(config: ClockConfig, vocab_size: int) -> Law:
 FUSED_VOCABULARY = 1024  # from here on a tile's arithmetic is worth compiling
 
 
-def configure(network: Network, config: TrainingConfig) -> None:
-    """Sets how a network computes: precision of products, size of tiles."""
+def configure(network: Network, config: TrainingConfig, parallel: ParallelConfig | None = None) -> None:
+    """Sets how a network computes: precision of products, size of tiles; in training, what blocks keep."""
     network.precision = PRECISION[config.precision]
+    if isinstance(network.trunk, Trunk):
+        network.trunk.checkpointing = parallel is not None and parallel.checkpoint_activations
     if not isinstance(network, TokenNetwork):
         network.tile = config.tile_numbers(network.projects)
 
@@ -212,28 +226,43 @@ def _saved_law(path: Path, vocab_size: int) -> Law:
     return read_law(path / CLOCK)
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Reads a safetensors file; UserError if it is missing or damaged."""
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Around the reading of a safetensors file; UserError if it is missing or damaged."""
     if not file.is_file():
         raise UserError(f"{file} is missing: the run has not saved yet, or its folder was copied in part")
     try:
-        return load_file(file)
+        yield
     except SafetensorError as error:
         raise UserError(f"{file} is damaged ({error}); copy it again or resume the run to write it anew") from error
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file; UserError if it is missing or damaged."""
+    with reading(file):
+        return load_file(file)
 
 
 def load_weights(network: Network, file: Path) -> None:
     """Strict loading: what is missing, unknown or of another shape is named."""
     tensors = {name.removeprefix(HUB_PREFIX): tensor for name, tensor in read_tensors(file).items()}
-    own = network.state_dict()
-    for what, names in (("misses", set(own) - set(tensors)), ("has unknown", set(tensors) - set(own))):
+    must_match(_shapes(network.state_dict()), _shapes(tensors), file)
+    network.load_state_dict(tensors)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def must_match(own: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...]], file: Path) -> None:
+    """UserError naming the first of the stored tensors that is missing, unknown or of another shape."""
+    for what, names in (("misses", set(own) - set(stored)), ("has unknown", set(stored) - set(own))):
         if names:
             raise UserError(f"{file} {what} {min(names)} ({len(names)} in all): it is of another configuration")
-    for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape:
-            shapes = f"{tuple(tensor.shape)} instead of {tuple(own[name].shape)}"
+    for name, shape in stored.items():
+        if shape != own[name]:
+            shapes = f"{shape} instead of {own[name]}"
             raise UserError(f"{file}: {name} has shape {shapes}: it is of another configuration or vocabulary")
-    network.load_state_dict(tensors)
 
 
 def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:

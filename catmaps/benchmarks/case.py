@@ -102,14 +102,17 @@ def _forget_peak() -> None:
         file.write_text("5")
 
 
-def _trained(loss: Callable[[], Tensor], parameters: list[Tensor]) -> Callable[[], object]:
-    """A training step: backward, fused AdamW."""
+def _trained(
+    loss: Callable[[], Tensor], parameters: list[Tensor], after: Callable[[], object] = lambda: None
+) -> Callable[[], object]:
+    """A training step: backward, fused AdamW, and what comes after it."""
     optimiser = torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=1e-4, fused=True)
 
     def step() -> None:
         loss().backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
+        after()
 
     return step
 
@@ -162,7 +165,7 @@ def _ours(case: Case) -> Callable[[], object]:
         work = anchor if case.work == "anchor" else OFF_DIAGONAL[case.work]
         return work(flow_map, teacher, state, pair, weight).total
 
-    return _trained(loss, list(network.parameters()))
+    return _trained(loss, list(network.parameters()), network.forget_casts)
 
 
 def peak_flops(threads: int, precision: Literal["bf16", "fp32"] = "bf16", size: int = 2048) -> float:

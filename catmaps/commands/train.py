@@ -22,6 +22,9 @@ class Train:
     config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(default_factory=Config)
     out: Path | None = None
     """Folder of the new run; by default runs/PRESET."""
+    restart: bool = False
+    """Go on with the run in --out if it was begun with these options: for schedulers that start a job again. After
+    torchrun's own restarts that is done anyhow."""
     json: bool = False
     """One JSON object on stdout, the rest on stderr."""
 
@@ -47,12 +50,14 @@ class Start:
     config: Config
     out: Path
     json: bool
+    restart: bool = False
 
     def run(self) -> dict[str, Any]:
-        from catmaps.training.train import start
+        from catmaps.training.train import restart, start
 
+        again = self.restart or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         if int(os.environ.get("RANK", "0")) == 0:
-            start(self.config, self.out)
+            (restart if again else start)(self.config, self.out)
         else:
             _wait_for(self.out)
         return _train(self.out, self.config)
@@ -88,7 +93,7 @@ def _read_train(args: list[str], prog: str) -> Start:
         raise UserError(f"no preset {preset}; there are {', '.join(PRESETS)}")
     default = Train(config=replace(PRESETS[preset](), preset=preset))
     command: Train = parse(Train, rest, f"{prog} {preset}", default)
-    return Start(command.config, command.out or Path("runs") / preset, command.json)
+    return Start(command.config, command.out or Path("runs") / preset, command.json, command.restart)
 
 
 def _read_distill(args: list[str], prog: str) -> Start:
@@ -110,7 +115,7 @@ def _read_distill(args: list[str], prog: str) -> Start:
     if command.config.network != base.network or command.config.data.tokenizer != base.data.tokenizer:
         raise UserError("a distilled map keeps its base's network and tokenizer; leave those options out")
     default_out = Path(source).with_name(Path(source).name + "-map")
-    return Start(command.config, command.out or default_out, command.json)
+    return Start(command.config, command.out or default_out, command.json, command.restart)
 
 
 def _take(args: list[str], option: str) -> tuple[str | None, list[str]]:

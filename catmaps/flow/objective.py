@@ -67,6 +67,12 @@ class Plan(NamedTuple):
         times = Pair(*(time[index].to(device) for time in self.times))
         return Plan(self.role[index].to(device), times, self.known[index].to(device))
 
+    def lacking(self, index: Int[Tensor, "b"], together: Int[Tensor, "n"]) -> Int[Tensor, "m"]:
+        """One row of every role that is among the rows `together` but not among `index`."""
+        have = set(self.role[index].tolist())
+        rows = {int(self.role[row]): int(row) for row in together}
+        return torch.tensor([row for role, row in sorted(rows.items()) if role not in have], dtype=torch.long)
+
 
 def plan(
     config: ObjectiveConfig, law: Law, batch: int, length: int, generator: torch.Generator, sampling: Law | None = None
@@ -154,7 +160,7 @@ def batch_loss(
         config: Its off-diagonal loss is used.
         tokens: (B, L).
         noise: x_0, (B, L, V), held or not.
-        plan: Draws of these rows.
+        plan: Draws of these rows; one that is clean throughout is called like the others and counts for nothing.
         normaliser: Positive.
     """
     weight = (~plan.known).float() / normaliser
@@ -174,8 +180,9 @@ def batch_loss(
         sums[role] = torch.where(noisy, loss.values, 0.0).sum()
         counts[role] = noisy.sum().float()
         if loss.squared_error is not None:
-            errors = (loss.squared_error * noisy).sum(1) / noisy.sum(1)
-            at = plan.times.t[rows, 0]
+            counted = noisy.any(1)
+            errors = ((loss.squared_error * noisy).sum(1) / noisy.sum(1))[counted]
+            at = plan.times.t[rows, 0][counted]
     return BatchLoss(total, errors, at, torch.stack(sums), torch.stack(counts))
 
 

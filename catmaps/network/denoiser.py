@@ -101,7 +101,16 @@ class FlowNetwork(nn.Module):
         self.conditioner = Conditioner(features.size, config.conditioning)
         self.trunk = Trunk(width, config.blocks, config.heads, config.conditioning, config.mlp_ratio)
         self.head = nn.Linear(width, vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """What the parts do not know: logits start at the log prior."""
         nn.init.zeros_(self.head.weight)
+
+    def forget_casts(self) -> None:
+        """Drops kept casts and factors of the tables, whose values have changed under the same address and version."""
+        self._cast = KeptCast()
+        self.embedding.forget_casts()
 
     @property
     def vocab_size(self) -> int:

@@ -53,6 +53,10 @@ class BeliefEmbedding(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.table.weight)
 
+    def forget_casts(self) -> None:
+        """As `FlowNetwork.forget_casts`."""
+        self.cast = KeptCast()
+
     def forward(
         self,
         x: Float[Tensor, "b l v"],
@@ -93,6 +97,10 @@ class LinearEmbedding(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.table.weight, std=self.table.in_features**-0.5)
+
+    def forget_casts(self) -> None:
+        """As `FlowNetwork.forget_casts`."""
+        self._known, self._cast = None, KeptCast()
 
     @property
     def projects(self) -> bool:

@@ -45,6 +45,10 @@ class TokenNetwork(nn.Module):
         self.conditioner = Conditioner(features.size, config.conditioning)
         self.trunk = Trunk(width, config.blocks, config.heads, config.conditioning, config.mlp_ratio, causal)
         self.head = nn.Linear(width, vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """What the parts do not know: logits start at the log prior."""
         nn.init.zeros_(self.head.weight)
 
     @property

@@ -5,11 +5,14 @@ A causal trunk lets no position see a later one; it serves autoregressive baseli
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from catmaps.network import tangent
 
@@ -188,7 +191,12 @@ class FinalNorm(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Blocks and a final adaptive norm: (B, L, d) -> (B, L, d)."""
+    """Blocks and a final adaptive norm: (B, L, d) -> (B, L, d).
+
+    With `checkpointing` a block keeps its input alone, and is done again in the backward pass.
+    """
+
+    checkpointing: bool = False
 
     def __init__(
         self, width: int, blocks: int, heads: int, conditioning: int, mlp_ratio: int, causal: bool = False
@@ -202,12 +210,17 @@ class Trunk(nn.Module):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         return rope_waves(x.shape[1], self.head_dim, x.device, dtype)
 
+    def _run(self, call: Callable[..., Any], *args: Any) -> Any:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(call, *args, use_reentrant=False, preserve_rng_state=False)
+        return call(*args)
+
     def forward(
         self, x: Float[Tensor, "b l d"], condition: Float[Tensor, "b k c"], index: Int[Tensor, "b l"] | None
     ) -> Float[Tensor, "b l d"]:
         wave = self._waves(x)
         for block in self.blocks:
-            x = block(x, condition, index, wave)
+            x = self._run(block, x, condition, index, wave)
         return self.final_norm(x, condition, index)
 
     def forward_with_tangent(
@@ -219,5 +232,5 @@ class Trunk(nn.Module):
         """`forward` and its derivative along a tangent of (x, condition)."""
         wave = self._waves(x[0])
         for block in self.blocks:
-            x = block(x, condition, index, wave)
+            x = self._run(block, x, condition, index, wave)
         return self.final_norm(x, condition, index)

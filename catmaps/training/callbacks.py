@@ -1,22 +1,25 @@
-"""What happens around the steps: metrics as JSONL, a progress line, validation, and files anyone may read."""
+"""What happens around the steps: metrics as JSONL, a progress line, validation."""
 
 import json
 import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 import torch
 from jaxtyping import Int
-from olmo_core.distributed.utils import get_rank
+from olmo_core.distributed.utils import all_gather_object, broadcast_object, get_rank, get_world_size
 from olmo_core.train.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from catmaps.model import CLOCK, METRICS, MODEL, write_law, write_tensors
+from catmaps.errors import UserError
+from catmaps.model import EVENTS, METRICS
 from catmaps.training.module import FlowTrainModule
+from catmaps.training.parallelize import let_go
 
 
 def _module(callback: Callback) -> FlowTrainModule:
@@ -25,9 +28,28 @@ def _module(callback: Callback) -> FlowTrainModule:
     return module
 
 
-def _mean(rows: list[dict[str, float]], name: str) -> float:
+def record(folder: Path, step: int, event: str, **what: float | int | None) -> None:
+    """A line of events.jsonl: what happened besides steps."""
+    with (folder / EVENTS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": round(time.time(), 2), "step": step, "event": event, **what}) + "\n")
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, but for a half one that a killed process left at the end; UserError for others."""
+    lines, rows = file.read_text(encoding="utf-8", errors="replace").splitlines(), []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows.append({**row, "step": int(row["step"]), "seconds": row["seconds"], "cpu_seconds": row["cpu_seconds"]})
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(lines):
+                raise UserError(f"{file} is damaged in line {number}; remove that line, or the file") from error
+    return rows
+
+
+def _summary(rows: list[dict[str, float]], name: str) -> float:
     values = [row[name] for row in rows if name in row]
-    return sum(values) / len(values)
+    return sum(values) if name == "skipped" else sum(values) / len(values)
 
 
 @dataclass
@@ -47,9 +69,11 @@ class MetricsCallback(Callback):
 
     def pre_train(self) -> None:
         self._began, self._began_cpu = time.monotonic(), time.process_time()
+        if get_rank() == 0:
+            self._forget_what_was_undone()
+        self.bounded = broadcast_object(self.bounded)
         if get_rank() != 0:
             return
-        self._forget_what_was_undone()
         columns = (
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -72,9 +96,7 @@ class MetricsCallback(Callback):
         file = self.folder / METRICS
         if not file.exists():
             return
-        # A process that was killed may have left half a line.
-        rows = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
-        kept = [row for row in rows if row["step"] <= self.step]
+        kept = [row for row in _rows(file) if row["step"] <= self.step]
         self.bounded = {row["step"] for row in kept if "nelbo_bits_per_char" in row}
         self._before = max((row["seconds"] for row in kept), default=0.0)
         self._before_cpu = max((row["cpu_seconds"] for row in kept), default=0.0)
@@ -93,12 +115,18 @@ class MetricsCallback(Callback):
         own = {name: value for name, value in metrics.items() if "/" not in name}
         if get_rank() != 0 or "loss" not in own:
             return
+        if "skipped" in own:
+            norm = own["gradient_norm"]
+            record(self.folder, step, "skipped", gradient_norm=norm if math.isfinite(norm) else None)
+            own = {"skipped": 1.0}
         self._pending.append(own)
         training = _module(self).config.training
         if step % training.log_every == 0 or step in (1, training.steps):
-            self.write(step, {name: _mean(self._pending, name) for name in sorted(own)})
+            self.write(step, {name: _summary(self._pending, name) for name in sorted(set().union(*self._pending))})
             if self._progress is not None:
-                self._progress.update(self._task, completed=step, note=f"loss {_mean(self._pending, 'loss'):.4f}")
+                taken = any("loss" in row for row in self._pending)
+                note = f"loss {_summary(self._pending, 'loss'):.4f}" if taken else "skipped"
+                self._progress.update(self._task, completed=step, note=note)
             self._pending = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -131,13 +159,47 @@ class ValidationCallback(Callback):
             self.evaluate()
 
     def evaluate(self) -> None:
-        """Writes bits per character and its standard error over texts to metrics.jsonl (process 0)."""
-        if get_rank() != 0 or len(self.tokens) < 2 or self.step in self.metrics.bounded:
+        """Writes bits per character and its standard error over texts to metrics.jsonl (process 0).
+
+        Processes that share a network all call it, with the same texts and the same random numbers.
+        """
+        module = _module(self)
+        if (get_rank() != 0 and not module.sharded) or len(self.tokens) < 2 or self.step in self.metrics.bounded:
             return
         self.metrics.bounded.add(self.step)
-        mean, stderr = validation_bound(_module(self), self.tokens)
-        scale = 1 / (math.log(2) * self.characters_per_token)
-        self.metrics.write(self.step, {"nelbo_bits_per_char": mean * scale, "nelbo_stderr": stderr * scale})
+        mean, stderr = validation_bound(module, self.tokens)
+        let_go(module.average)
+        if get_rank() == 0:
+            scale = 1 / (math.log(2) * self.characters_per_token)
+            self.metrics.write(self.step, {"nelbo_bits_per_char": mean * scale, "nelbo_stderr": stderr * scale})
+
+
+SLOW = 1.5
+"""A process whose passes take this many times the median of all is a straggler, if by SLOWER seconds a step."""
+SLOWER = 0.05
+
+
+@dataclass
+class StragglerCallback(Callback):
+    """Every `log_every` steps: compares how long processes were busy, and puts one that holds up the others on record.
+
+    Processes that share a network wait for each other within a pass; among them nobody stands out.
+    """
+
+    folder: Path = field(default_factory=Path)
+    _busy: list[float] = field(default_factory=list)
+
+    def post_train_batch(self) -> None:
+        module = _module(self)
+        self._busy.append(module.busy)
+        if get_world_size() == 1 or self.step % module.config.training.log_every:
+            return
+        seconds = all_gather_object(sum(self._busy) / len(self._busy))
+        self._busy = []
+        slowest, usual = max(seconds), median_low(seconds)
+        if get_rank() == 0 and slowest > max(SLOW * usual, usual + SLOWER):
+            process = seconds.index(slowest)
+            record(self.folder, self.step, "straggler", process=process, seconds=slowest, median=usual)
 
 
 def validation_bound(module: FlowTrainModule, tokens: Int[Tensor, "n l"]) -> tuple[float, float]:
@@ -152,16 +214,3 @@ def validation_bound(module: FlowTrainModule, tokens: Int[Tensor, "n l"]) -> tup
     )
     per_token = nats / tokens.shape[1]
     return per_token.mean().item(), (per_token.std() / math.sqrt(len(per_token))).item()
-
-
-@dataclass
-class ExportCallback(Callback):
-    """After every checkpoint: the moving average and the law of time, as safetensors, in the run's folder."""
-
-    folder: Path = field(default_factory=Path)
-
-    def post_checkpoint_saved(self, path: Any) -> None:
-        if get_rank() == 0:
-            module = _module(self)
-            write_tensors(module.average.state_dict(), self.folder / MODEL)
-            write_law(module.law, self.folder / CLOCK)

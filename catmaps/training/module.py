@@ -1,6 +1,7 @@
 """What a batch does: plan it, draw its noise, backward over micro-batches, step, follow with the moving average."""
 
-import math
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,14 +11,17 @@ from olmo_core.distributed.utils import get_rank, get_world_size
 from olmo_core.train import ReduceType
 from olmo_core.train.train_module import EvalBatchSpec, TrainModule
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from catmaps.config import Config
-from catmaps.errors import UserError
 from catmaps.flow.adaptive import InformationClock
 from catmaps.flow.times import Law
+from catmaps.model import must_match
 from catmaps.network.tokens import Network
+from catmaps.training.guard import Guard
 from catmaps.training.objectives import objective_of
 from catmaps.training.optim import build_optimisers, rate, set_rate
+from catmaps.training.parallelize import forget_casts, is_sharded, local, whole
 
 ROLES = ("diagonal", "off_diagonal", "anchor")
 
@@ -41,6 +45,11 @@ class FlowTrainModule(TrainModule):
         self.optimisers = build_optimisers(network, config.optimiser)
         self.clock = InformationClock(law)
         self.adapts = config.clock.adaptive and teacher is None
+        self.sharded = is_sharded(network)
+        self.guard = Guard(config.optimiser.spike, config.optimiser.patience)
+        self.source = Path("the checkpoint")  # what it is loaded from, for messages
+        self.busy = 0.0
+        """Seconds of this process's passes in the last step."""
         self._added: Tensor | None = None
 
     @property
@@ -54,49 +63,58 @@ class FlowTrainModule(TrainModule):
 
     def train_batch(self, batch: dict[str, Any], dry_run: bool = False) -> None:
         """Forward and backward of this process's share; a dry run compiles and changes nothing."""
-        training, rank, world = self.config.training, get_rank(), get_world_size()
+        training, rank, world, began = self.config.training, get_rank(), get_world_size(), time.monotonic()
         device = self.network.log_prior.device
         tokens = batch["input_ids"].long().to(device)
         step = 0 if dry_run else self.trainer.global_step
-        whole = self.objective.batch(self.law, len(tokens) * world, tokens.shape[1], (training.seed, step))
+        drawn = self.objective.batch(self.law, len(tokens) * world, tokens.shape[1], (training.seed, step))
         index = torch.arange(len(tokens)) * world + rank
         loss, sums = torch.zeros((), device=device), torch.zeros(3, device=device)
         added = torch.zeros(2, len(self.clock.sums), dtype=torch.float64)
         for rows in torch.arange(len(tokens)).split(training.micro_batch):
-            part = whole.loss(tokens[rows], index[rows])
+            together = torch.arange(int(rows[0]) * world, (int(rows[-1]) + 1) * world) if self.sharded else None
+            part = drawn.loss(tokens[rows], index[rows], together)
             part.total.backward()
             loss, sums = loss + part.total.detach(), sums + part.sums
             added = added + self.clock.contributions(part.diagonal_times, part.squared_error)
         if dry_run:
             self.zero_grads()
             return
+        self.busy = time.monotonic() - began
         self._added = _sum_over_processes([added])[0]
         self.record_metric("loss", loss, ReduceType.sum)
-        for name, value, count in zip(ROLES, sums, whole.counts.tolist(), strict=True):
+        for name, value, count in zip(ROLES, sums, drawn.counts.tolist(), strict=True):
             if count:
                 self.record_metric(f"loss_{name}", value / count, ReduceType.sum)
 
     def optim_step(self) -> None:
-        """Sums gradients over processes, clips, steps, and moves the average and the clock."""
+        """Sums gradients over processes and clips them; steps and moves average and clock, unless the step is odd."""
         optimiser, step = self.config.optimiser, self.trainer.global_step
-        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        for gradient, summed in zip(gradients, _sum_over_processes(gradients), strict=True):
-            gradient.copy_(summed)
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), optimiser.clip)
+        if not self.sharded:
+            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+            for gradient, summed in zip(gradients, _sum_over_processes(gradients), strict=True):
+                gradient.copy_(summed)
+        norm = whole(nn.utils.clip_grad_norm_(self.network.parameters(), optimiser.clip))
         factor = rate(step, self.config.training.steps, optimiser)
+        self.record_metric("gradient_norm", norm, ReduceType.max)
+        self.record_metric("rate", torch.tensor(factor), ReduceType.max)
+        if self.guard.refuses(norm.item(), step):
+            self.record_metric("skipped", torch.ones(()), ReduceType.max)
+        else:
+            self._take(factor, step)
+
+    def _take(self, factor: float, step: int) -> None:
         set_rate(self.optimisers, factor)
         for o in self.optimisers:
             o.step()
-        decay = min(optimiser.ema, step / (step + 9))
+        decay = min(self.config.optimiser.ema, step / (step + 9))
         with torch.no_grad():
             for mean, own in zip(self.average.parameters(), self.network.parameters(), strict=True):
-                mean.lerp_(own, 1 - decay)
+                local(mean).lerp_(local(own), 1 - decay)
+        for net in (self.network, self.average):  # fused optimisers and gathers leave a tensor's version as it was
+            forget_casts(net)
         if self._added is not None:
             self.clock.update(self._added, step)
-        self.record_metric("gradient_norm", norm, ReduceType.max)
-        self.record_metric("rate", torch.tensor(factor), ReduceType.max)
-        if not math.isfinite(norm.item()):
-            raise UserError(f"the gradient is not finite at step {step}: start again with smaller learning rates")
 
     def zero_grads(self) -> None:
         for o in self.optimisers:
@@ -108,15 +126,35 @@ class FlowTrainModule(TrainModule):
             "model": dcp.get_model_state_dict(self.network, options=options),
             "average": dcp.get_model_state_dict(self.average, options=options),
             "clock": self.clock.state_dict(),
+            "guard": self.guard.state_dict(),
         }
         if optim is not False:
             state["optim"] = dcp.get_optimizer_state_dict(self.network, self.optimisers, options=options)
+        return state
+
+    def state_dict_to_load(self, metadata: Metadata, *, optim: bool | None = None) -> dict[str, Any]:
+        """What a checkpoint has to hold.
+
+        Raises:
+            UserError: It lacks a tensor, has an unknown one or one of another shape; names it.
+        """
+        state = self.state_dict(optim=optim)
+        if not any(name.startswith("guard.") for name in metadata.state_dict_metadata):
+            del state["guard"]  # of an earlier version
+        stored = {
+            name: tuple(about.size)
+            for name, about in metadata.state_dict_metadata.items()
+            if isinstance(about, TensorStorageMetadata) and (optim is not False or not name.startswith("optim."))
+        }
+        must_match(_shapes(state), stored, self.source)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         dcp.set_model_state_dict(self.network, state_dict["model"])
         dcp.set_model_state_dict(self.average, state_dict["average"])
         self.clock.load_state_dict(state_dict["clock"])
+        if "guard" in state_dict:
+            self.guard.load_state_dict(state_dict["guard"])
         if "optim" in state_dict:
             dcp.set_optimizer_state_dict(self.network, self.optimisers, state_dict["optim"])
 
@@ -129,6 +167,17 @@ class FlowTrainModule(TrainModule):
 
     def global_num_flops_in_batch(self, batch: dict[str, Any]) -> int | None:
         return None
+
+
+def _shapes(tree: dict[str, Any], prefix: str = "") -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of nested dictionaries, under the names that a checkpoint gives them."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            shapes |= _shapes(value, f"{prefix}{name}.")
+        elif isinstance(value, Tensor):
+            shapes[prefix + name] = tuple(value.shape)
+    return shapes
 
 
 def _sum_over_processes(tensors: list[Tensor]) -> list[Tensor]:

@@ -29,8 +29,13 @@ class Batch(Protocol):
         """Positions with a loss by role, over the batch; 0 where the family has no roles."""
         ...
 
-    def loss(self, tokens: Int[Tensor, "b l"], index: Int[Tensor, "b"]) -> BatchLoss:
-        """The share of these rows in the batch's loss; `index` is their place in the batch."""
+    def loss(
+        self, tokens: Int[Tensor, "b l"], index: Int[Tensor, "b"], together: Int[Tensor, "n"] | None = None
+    ) -> BatchLoss:
+        """The share of these rows in the batch's loss; `index` is their place in the batch.
+
+        `together` are the rows of all processes that share a network, which must make the same calls of it.
+        """
         ...
 
 
@@ -54,10 +59,16 @@ class FlowBatch:
     def counts(self) -> Float[Tensor, "3"]:
         return torch.stack([self.noisy[self.whole.role == role].sum() for role in range(3)])
 
-    def loss(self, tokens: Int[Tensor, "b l"], index: Int[Tensor, "b"]) -> BatchLoss:
-        flow_map, device = self.objective.flow_map, tokens.device
+    def loss(
+        self, tokens: Int[Tensor, "b l"], index: Int[Tensor, "b"], together: Int[Tensor, "n"] | None = None
+    ) -> BatchLoss:
+        flow_map, device, own = self.objective.flow_map, tokens.device, len(tokens)
+        if together is not None:  # a role that only others have is called here too, on clean rows, which count nothing
+            more = self.whole.lacking(index, together)
+            tokens, index = torch.cat([tokens, tokens[:1].expand(len(more), -1)]), torch.cat([index, more])
         noise = flow_map.noise(self.key, index.to(device), tokens.shape[1])
         rows, config = self.whole.rows(index, device), self.objective.config.objective
+        rows.known[own:] = True
         return batch_loss(flow_map, self.objective.teacher, config, tokens, noise, rows, self.noisy.sum().item())
 
 
@@ -83,7 +94,10 @@ class BaselineBatch:
         self.objective, self.place, self.key = objective, place, key
         self.counts = torch.zeros(3)
 
-    def loss(self, tokens: Int[Tensor, "b l"], index: Int[Tensor, "b"]) -> BatchLoss:
+    def loss(
+        self, tokens: Int[Tensor, "b l"], index: Int[Tensor, "b"], together: Int[Tensor, "n"] | None = None
+    ) -> BatchLoss:
+        del together  # a family has one kind of call
         network, device = self.objective.network, tokens.device
         draws = counter_draws(self.key, index.numpy(), self.place[index], tokens.shape[1])
         weight = torch.full(tokens.shape, 1 / (len(self.place) * tokens.shape[1]), device=device)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from catmaps.config import Config, to_json
+from catmaps.config import Config, flat, to_json
 from catmaps.errors import UserError
 from catmaps.model import (
     CHECKPOINTS,
@@ -35,6 +35,7 @@ from catmaps.text.build import ensure_embedded
 from catmaps.text.manifest import MANIFEST_FILE, load_manifest
 from catmaps.text.shards import sequences, token_counts, verify
 
+BEGUN = ".begun"  # while a folder is being made
 START_LAW = "start_clock.safetensors"
 EXTRA = "training needs the engine: pip install 'catmaps[train]'"
 
@@ -92,6 +93,7 @@ def start(config: Config, folder: Path) -> Config:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {folder} ({error.strerror}); choose another --out") from error
+    (folder / BEGUN).touch()
     tokenizers.save(tokenizer, folder)
     shutil.copy(shards / MANIFEST_FILE, folder / MANIFEST_FILE)
     if base is None:
@@ -102,13 +104,39 @@ def start(config: Config, folder: Path) -> Config:
     draft = folder / f".{CONFIG}.draft"  # other processes wait for the finished file
     draft.write_text(to_json(config), encoding="utf-8")
     os.replace(draft, folder / CONFIG)
+    (folder / BEGUN).unlink()
     return config
+
+
+def restart(config: Config, folder: Path) -> Config:
+    """As `start`, but a run that was begun with the same configuration is left as it is, to be gone on with.
+
+    Raises:
+        UserError: As `start`; or the folder's run has another configuration: names the first field that differs.
+    """
+    if not (folder / CONFIG).is_file():
+        if (folder / BEGUN).is_file():  # `start` was killed in a folder that had been empty
+            shutil.rmtree(folder)
+        return start(config, folder)
+    begun = read_config(folder)
+    own, other = flat(config), flat(begun)
+    for name in own:
+        if own[name] != other[name]:
+            raise UserError(
+                f"{folder} was begun with {name} {other[name]}, not {own[name]}: use the same options or another --out"
+            )
+    return begun
 
 
 def _networks(config: Config, folder: Path, shards: Path) -> tuple[Network, Network, Network | None]:
     """(in training, moving average, teacher), all alike at the start; initialised from the run's seed."""
+    from catmaps.training.parallelize import device_mesh, sharded_networks
+
     torch.manual_seed(config.training.seed)
     log_prior = smoothed_log_prior(torch.from_numpy(token_counts(shards)).double())
+    mesh = device_mesh(config.parallel, best_device())
+    if mesh is not None:
+        return sharded_networks(config, log_prior, folder / TEACHER if config.base else None, mesh)
     network, average = (network_of(config, log_prior) for _ in range(2))
     teacher = None
     if config.base is not None:
@@ -123,7 +151,7 @@ def _networks(config: Config, folder: Path, shards: Path) -> tuple[Network, Netw
         if net is None:
             continue
         net.to(best_device())
-        configure(net, config.training)
+        configure(net, config.training, config.parallel)
         if config.training.compile:
             compile_blocks(net)
     return network, average, teacher
@@ -167,15 +195,6 @@ def _loader(config: Config, shards: Path) -> Any:
     )
 
 
-def _prepare_processes() -> None:
-    if "RANK" in os.environ:  # started by torchrun
-        os.environ.setdefault("FS_LOCAL_RANK", os.environ["RANK"])
-        from olmo_core.distributed.utils import init_distributed, is_distributed
-
-        if not is_distributed():
-            init_distributed(backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-
-
 def train(folder: Path, *, stop_after: int | None = None) -> Outcome:
     """Runs the configuration in `folder` to its end, from its last checkpoint if there is one.
 
@@ -188,20 +207,24 @@ def train(folder: Path, *, stop_after: int | None = None) -> Outcome:
     for name in ("olmo_core", "torch.distributed.checkpoint"):  # before the import, which talks as well
         logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised, too
     try:
+        from olmo_core.distributed.utils import get_rank, get_world_size
         from olmo_core.train import Duration, TrainerConfig
-        from olmo_core.train.callbacks import CheckpointerCallback
     except ImportError as error:
         raise UserError(EXTRA) from error
-    from catmaps.training.callbacks import ExportCallback, MetricsCallback
+    from catmaps.training.callbacks import MetricsCallback, StragglerCallback, record
+    from catmaps.training.checkpoints import CheckpointCallback, Checkpointer, verify_latest
     from catmaps.training.module import FlowTrainModule
+    from catmaps.training.processes import join_processes, losing_peers
 
     config = read_config(folder)
     training = config.training
     if training.threads is not None:
         torch.set_num_threads(training.threads)
-    _prepare_processes()
+    join_processes(config.parallel.timeout)
     shards = find_shards(config)
+    latest = verify_latest(folder / CHECKPOINTS)
     module = FlowTrainModule(config, *_networks(config, folder, shards), read_law(folder / START_LAW))
+    module.source = folder / CHECKPOINTS / f"step{latest}"
     metrics = MetricsCallback(folder=folder)
     trainer = TrainerConfig(
         save_folder=str(folder / CHECKPOINTS),
@@ -213,18 +236,17 @@ def train(folder: Path, *, stop_after: int | None = None) -> Outcome:
         cancel_check_interval=1,
         async_bookkeeping=False,  # asynchronous, a signal may stop processes at different steps, which then hang
         callbacks={
-            "checkpointer": CheckpointerCallback(
-                save_interval=training.save_every,
-                save_async=False,
-                pre_train_checkpoint=False,
-                max_checkpoints=2,
-            ),
-            "export": ExportCallback(folder=folder),
+            "checkpointer": CheckpointCallback(folder, config),
             "metrics": metrics,
+            "stragglers": StragglerCallback(folder=folder),
             "validation": _validation(config, shards, metrics),
         },
     ).build(module, _loader(config, shards))
-    trainer.fit()
+    trainer.checkpointer = Checkpointer(work_dir=folder / CHECKPOINTS / "work", save_overwrite=True)
+    if latest is not None and latest < training.steps and get_rank() == 0:
+        record(folder, latest, "resumed", processes=get_world_size())
+    with losing_peers(folder):
+        trainer.fit()
     reason = trainer._cancel_reason if trainer.global_step < training.steps else None
     if dist.is_initialized():
         dist.barrier()
