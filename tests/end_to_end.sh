@@ -34,6 +34,7 @@ done
 "$catmaps" sample map --num 1 --show-trajectory | grep -q 't = 1.000'
 "$catmaps" sample map --prompt 'the king of ' --tokens 20 --num 2 --json | json 'len(d["texts"]) == 2'
 "$catmaps" sample map --infill 'the [[5]] of the' --num 1 --json | json 'd["texts"][0].endswith(" of the")'
+"$catmaps" show map --html flow.html --infill 'the [[5]] of the' --steps 1 4 --json | json 'd["seconds"]'
 "$catmaps" steer map --reward contains:the --particles 4 --num 1 --steps 4 --json | json 'd["texts"]'
 "$catmaps" plan 1.7b --gpus 256 --tokens 2.1T --json | json 'd'
 "$catmaps" score map --split test --windows 8 --json | json '3 < d["nelbo_bits_per_char"] < 6'
