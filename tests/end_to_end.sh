@@ -38,6 +38,7 @@ done
 diff <("$catmaps" sample map --num 2) <("$catmaps" sample exported --num 2)
 HF_HUB_OFFLINE=1 HF_HOME=$work/hf "$bin/python" -c 'from transformers import AutoModel
 print(AutoModel.from_pretrained("exported", trust_remote_code=True).generate(seed=0).tokens_per_forward)'
+"$catmaps" show map --html flow.html --infill 'the [[5]] of the' --steps 1 4 --json | json 'd["seconds"]'
 "$catmaps" steer map --reward contains:the --particles 4 --num 1 --steps 4 --json | json 'd["texts"]'
 "$catmaps" plan 1.7b --gpus 256 --tokens 2.1T --json | json 'd'
 "$catmaps" score map --split test --windows 8 --json | json '3 < d["nelbo_bits_per_char"] < 6'

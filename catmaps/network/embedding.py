@@ -111,7 +111,8 @@ class LinearEmbedding(nn.Module):
         """W and its factor: made anew while W learns, else once for every change of W."""
         weight = self.table.weight
         if weight.requires_grad and torch.is_grad_enabled():
-            return Projection(*with_factor(weight, precision), self._cast(weight, precision))
+            cast = self._cast(weight, precision)
+            return Projection(*with_factor(weight, cast), cast)
         if self._known is None or self._known[:2] != (weight.data_ptr(), weight._version):
             with torch.no_grad():
                 self._known = (weight.data_ptr(), weight._version, with_factor(weight)[1])
@@ -140,31 +141,30 @@ class _WithGram(torch.autograd.Function):
     added to the other one in place."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(weight)
+    def forward(ctx: Any, weight: Tensor, cast: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cast)
         ctx.set_materialize_grads(False)
-        ctx.precision = precision if weight.dtype == torch.float32 else weight.dtype
         return weight.view_as(weight), weight @ weight.mT
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, None]:
-        (weight,), (own, gram) = ctx.saved_tensors, upstream
+        (cast,), (own, gram) = ctx.saved_tensors, upstream
         if gram is None:
             return own, None
         # In the precision of the layer's other gradients, where the run has bf16: the factor itself never has.
-        part = (gram + gram.mT).to(ctx.precision) @ weight.to(ctx.precision)
-        return add_gradients([own], [part], [Weight(weight, weight)])[0], None
+        part = (gram + gram.mT).to(cast.dtype) @ cast
+        return add_gradients([own], [part], [Weight(gram, cast)])[0], None
 
 
 def with_factor(
-    weight: Float[Tensor, "d v"], precision: torch.dtype = torch.float32
+    weight: Float[Tensor, "d v"], cast: Float[Tensor, "d v"] | None = None
 ) -> tuple[Float[Tensor, "d v"], Float[Tensor, "d d"]]:
     """W, and lower C with C C' = W' W: n C' has the law of x_0 W for standard normal n (d) and x_0 (V).
 
-    In fp32 whatever the precision of the run, which the gradient's large product is in. Source: docs/maths.md (h).
+    In W's own precision; the gradient's large product is with the cast. Source: docs/maths.md (h).
     """
     with torch.autocast(weight.device.type, enabled=False):
-        weight, gram = _WithGram.apply(weight, precision)  # pyright: ignore[reportGeneralTypeIssues]
+        weight, gram = _WithGram.apply(weight, weight.detach() if cast is None else cast)  # pyright: ignore[reportGeneralTypeIssues]
         floor = JITTER * gram.detach().diagonal().mean()
         return weight, torch.linalg.cholesky(gram + floor * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
 

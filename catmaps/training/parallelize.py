@@ -29,6 +29,7 @@ from catmaps.config import Config, ParallelConfig
 from catmaps.errors import UserError
 from catmaps.model import PRECISION, best_device, compile_blocks, configure, must_match, network_of, reading
 from catmaps.network.denoiser import FlowNetwork
+from catmaps.network.published import PublishedNetwork
 from catmaps.network.tokens import Network
 from catmaps.network.trunk import Block
 
@@ -100,6 +101,7 @@ def sharded_network(config: Config, log_prior: Float[Tensor, "v"], mesh: DeviceM
         if isinstance(part, Block):
             _share(part, mesh, PRECISION[config.training.precision])
     if drawn:
+        assert not isinstance(network, PublishedNetwork)  # these are not trained
         network.reset_parameters()
     _share(network, mesh, torch.float32)
     if not drawn:

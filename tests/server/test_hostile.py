@@ -146,7 +146,7 @@ def test_what_is_no_http_breaks_nothing(raw: bytes, server: Live) -> None:
             connection.sendall(raw)
             connection.shutdown(socket.SHUT_WR)
             answer = connection.recv(4096)
-        except (ConnectionError, TimeoutError):
+        except OSError:  # it closed the connection, or said nothing
             answer = b""
     assert not answer.startswith(b"HTTP/1.1 5")
     with server.client() as client:

@@ -27,6 +27,7 @@ from catmaps.config import Config, ParallelConfig
 from catmaps.errors import UserError
 from catmaps.model import MODEL, load_run, network_of, read_law
 from catmaps.network.denoiser import uniform_log_prior
+from catmaps.network.published import PublishedNetwork
 from catmaps.training.train import START_LAW, _networks, train
 
 pytest.importorskip("olmo_core")
@@ -172,6 +173,7 @@ def test_weights_drawn_part_by_part_are_those_of_the_constructor(family: str, sh
     assert not any(b.is_meta for b in drawn.buffers())
     for part in _parts(drawn):
         _draw(part)
+    assert not isinstance(drawn, PublishedNetwork)
     drawn.reset_parameters()
     assert expected.keys() == drawn.state_dict().keys()
     assert all(torch.equal(value, expected[name]) for name, value in drawn.state_dict().items())

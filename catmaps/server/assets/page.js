@@ -7,6 +7,8 @@ const at = (id) => document.getElementById(id);
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const LEVELS = 10;
+const EXAMPLE = "the king of [[12]] was [[20]] the war";
+const EXAMPLE_TOKENS = 64; // at most, in any alphabet
 const MARKS = { " ": "space", "\n": "new line", "\t": "tab", "": "nothing" };
 
 let panels = [];
@@ -141,7 +143,7 @@ function beside(card) {
   box.style.left = box.style.top = box.style.bottom = box.style.transform = "";
   const { left, bottom } = card.getBoundingClientRect();
   const { offsetWidth: width, offsetHeight: height } = box;
-  if (innerWidth < 700 || bottom + Math.max(height, 175) + 12 > innerHeight) return;
+  if (innerWidth < 700 || bottom + Math.max(height, 90) + 12 > innerHeight) return;
   box.style.left = `${Math.max(14, Math.min(left, innerWidth - width - 14))}px`;
   Object.assign(box.style, { top: `${bottom + 8}px`, bottom: "auto", transform: "none" });
 }
@@ -230,7 +232,7 @@ async function write(event) {
   at("write").disabled = true;
   at("status").textContent = "Writing";
   const body = asked();
-  at("seed-used").textContent = `Seed ${body.seed}`;
+  at("seed-used").textContent = at("seed").value === "" ? `The seed was ${body.seed}.` : "";
   const wanted = at("steps").value.split(/[ ,]+/).filter(Boolean).map(Number).map(addPanel);
   try {
     for (const panel of wanted) { // one after the other, so that each one's time is its own
@@ -273,6 +275,7 @@ function start() {
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") point(null); });
   if (setup.live) {
     at("ask").hidden = false;
+    if (length >= EXAMPLE_TOKENS) at("text").value = EXAMPLE;
     at("tokens").value = Math.floor(length / 2);
     at("tokens").max = length;
   } else {
