@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from olmo_core.distributed.utils import init_distributed, is_distributed
-from torch.distributed.distributed_c10d import PrefixStore, TCPStore
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from catmaps.errors import UserError
 
