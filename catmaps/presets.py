@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from catmaps.config import Config, DataConfig, OptimiserConfig, TrainingConfig
+from catmaps.config import Config, DataConfig, OptimiserConfig, ParallelConfig, TrainingConfig
 from catmaps.flow.objective import ObjectiveConfig
 from catmaps.network.denoiser import NetworkConfig
 
@@ -35,12 +35,15 @@ def quickstart() -> Config:
 
 
 def _scaled(width: int, blocks: int, heads: int, batch: int, steps: int, lr: float) -> Config:
-    """Subword text at length 1,024."""
+    """Subword text at length 1,024. The processes of a machine share a copy, machines have one each."""
     return Config(
         data=DataConfig(tokenizer="bpe:4096", length=1024),
         network=NetworkConfig(width=width, blocks=blocks, heads=heads),
-        optimiser=OptimiserConfig(name="adamw", lr=lr, beta2=0.95, warmup=2000, decay=0.2, ema=0.9999),
-        training=TrainingConfig(steps=steps, batch=batch, micro_batch=8, save_every=5000, evaluate_every=5000),
+        optimiser=OptimiserConfig(name="adamw", lr=lr, beta2=0.95, warmup=2000, decay=0.2, ema=0.9999, spike=6.0),
+        training=TrainingConfig(
+            steps=steps, batch=batch, micro_batch=8, save_every=1000, keep_every=20_000, evaluate_every=5000
+        ),
+        parallel=ParallelConfig(strategy="hsdp"),
     )
 
 

@@ -2,9 +2,9 @@
 
 import re
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -12,6 +12,9 @@ from catmaps.cli import parse
 from catmaps.config import Config
 from catmaps.errors import UserError
 from catmaps.presets import DISTILLATIONS, PRESETS
+
+if TYPE_CHECKING:
+    from catmaps.training.planner import Plan
 
 NOMINAL = 50_304  # the vocabulary that the large presets are named for
 LETTERS = {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
@@ -36,6 +39,9 @@ class Options:
     """Activation checkpointing: blocks are done again in the backward pass."""
     vocabulary: int | None = None
     """Size of the vocabulary; default: the tokenizer's, and 50,304 for the large presets."""
+    simulate: bool = False
+    """Build the trainer and make a step as one of these devices, on a process group without others: checks shards and
+    collectives against the plan. Takes the memory of one device's share, and minutes for the large presets."""
     json: bool = False
     """One JSON object on stdout, the rest on stderr."""
 
@@ -61,13 +67,24 @@ class PlanCommand:
             hardware=HARDWARE[options.gpu],
             shard=options.shard,
             mfu=options.mfu,
-            checkpointing=options.checkpointing,
+            checkpointing=options.checkpointing or options.config.parallel.checkpoint_activations,
         )
         tokens = None if options.tokens is None else quantity(options.tokens, "--tokens")
         made = plan(options.config, self.vocabulary, cluster, tokens)
         mend = () if made.fits else advice(made, self.vocabulary)
         show(self.name, made, mend)
-        return {"name": self.name, **as_dict(made, mend)}
+        result = {"name": self.name, **as_dict(made, mend)}
+        return {**result, "simulation": self._simulated(made)} if options.simulate else result
+
+    def _simulated(self, made: "Plan") -> dict[str, Any]:
+        from catmaps.commands.plan_table import show_simulation
+        from catmaps.training.simulation import compare, simulate
+
+        done = simulate(self.options.config, self.vocabulary, made.cluster.gpus, made.shard)
+        rows = compare(done, made)
+        show_simulation(done, rows)
+        agrees = all(row.agrees for row in rows)
+        return {**asdict(done), "agrees": agrees, "compared": [asdict(row) | {"agrees": row.agrees} for row in rows]}
 
 
 def quantity(text: str, option: str) -> float:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from catmaps.training.flops import Work
     from catmaps.training.planner import Plan
+    from catmaps.training.simulation import Comparison, Simulated
 
 PASSES = ("gradient", "targets", "tangents", "teacher", "recomputed")
 
@@ -155,6 +156,29 @@ def show(name: str, made: "Plan", mend: tuple[str, ...]) -> None:
             table.add_row(*row)
         console.print(table)
     console.print(verdict(made, mend), style="green" if made.fits else "red")
+
+
+def show_simulation(done: "Simulated", rows: "tuple[Comparison, ...]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    took = f"built in {span(done.build_seconds)}, a step in {span(done.step_seconds)}, {size(done.peak_bytes)} in all"
+    table = Table(
+        "planned",
+        "simulated",
+        box=None,
+        title=f"device 0 of {done.processes}, simulated: {took}",
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+    )
+    table.columns[0].justify = table.columns[1].justify = "right"
+    table.add_column("")
+    for row in rows:
+        table.add_row(
+            f"{row.planned:,.0f}", f"{row.simulated:,.0f}", row.name + ("" if row.agrees else "  [red]not as planned")
+        )
+    Console(highlight=False, width=120).print(table)
 
 
 def as_dict(made: "Plan", mend: tuple[str, ...]) -> dict[str, Any]:

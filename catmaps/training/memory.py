@@ -8,7 +8,15 @@ from dataclasses import dataclass
 
 from catmaps.config import OptimiserConfig
 from catmaps.training.flops import RoleWork
-from catmaps.training.shapes import Number, Shape, block_matrices, low_precision_copies, parameter_tensors, parameters
+from catmaps.training.shapes import (
+    Number,
+    Shape,
+    block_matrices,
+    block_parameters,
+    low_precision_copies,
+    parameter_tensors,
+    parameters,
+)
 
 FP32, BF16 = 4, 2
 WHOLE = {"diagonal": 8, "soft": 11, "psd": 15, "anchor": 15, "lsd": 18, "ecld": 18, "esd": 18}
@@ -75,7 +83,7 @@ class Memory:
     """The weights' moving average."""
     teacher: Number
     copies: Number
-    """bf16 copies of weights; sharded: gathered weights of the tables and two blocks, and one unit's gradient."""
+    """bf16 copies of weights; sharded: what is gathered, tables and two blocks, and the tables' gradients, twice."""
     reduction: Number
     """The flat buffer in which replicas sum gradients."""
     activations: Number
@@ -155,7 +163,7 @@ def memory(
         optimiser=optimiser_bytes(shape, optimiser) / shard,
         average=weights,
         teacher=weights if teacher else 0.0,
-        copies=_copies(shape, shard, precision),
+        copies=_copies(shape, shard, precision, teacher=teacher, several=len(mixture) > 1),
         reduction=weights if shard == 1 and replicas > 1 else 0.0,
         activations=saved(False),
         activations_checkpointed=saved(True),
@@ -170,9 +178,12 @@ def _wide(role: RoleWork) -> str:
     return "soft" if role.role == "diagonal" and role.calls.teacher else role.role
 
 
-def _copies(shape: Shape, shard: int, precision: int) -> Number:
+def _copies(shape: Shape, shard: int, precision: int, *, teacher: bool, several: bool) -> Number:
     if shard == 1:
         return precision * low_precision_copies(shape) if precision == BF16 else 0.0
-    count = parameters(shape)
-    tables, block = count.embedding + count.head, (count.body - count.time) / shape.blocks
-    return precision * (tables + 2 * block) + (precision + FP32) * max(tables, block)
+    count, block = parameters(shape), block_parameters(shape)
+    rest = count.total - shape.blocks * block
+    cast = precision * count.head if precision == BF16 else 0
+    # Where several roles call a block its gradients wait for the last; at the end the tables' own, and a flat copy.
+    waiting = precision * shape.blocks * block if several else 0
+    return FP32 * rest * (1 + teacher) + cast + precision * 2 * block + max(waiting, 2 * FP32 * rest)

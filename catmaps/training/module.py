@@ -12,6 +12,7 @@ from olmo_core.train import ReduceType
 from olmo_core.train.train_module import EvalBatchSpec, TrainModule
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.fsdp import FSDPModule
 
 from catmaps.config import Config
 from catmaps.flow.adaptive import InformationClock
@@ -74,6 +75,8 @@ class FlowTrainModule(TrainModule):
         for rows in torch.arange(len(tokens)).split(training.micro_batch):
             together = torch.arange(int(rows[0]) * world, (int(rows[-1]) + 1) * world) if self.sharded else None
             part = drawn.loss(tokens[rows], index[rows], together)
+            if isinstance(self.network, FSDPModule):  # replicas of what is shared add up once a step
+                self.network.set_requires_all_reduce(int(rows[-1]) == len(tokens) - 1)
             part.total.backward()
             loss, sums = loss + part.total.detach(), sums + part.sums
             added = added + self.clock.contributions(part.diagonal_times, part.squared_error)

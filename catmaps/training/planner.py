@@ -11,7 +11,7 @@ from catmaps.config import Config
 from catmaps.errors import UserError
 from catmaps.training.flops import RoleWork, gram, muon_step, per_token, roles
 from catmaps.training.memory import BF16, FP32, Memory, memory
-from catmaps.training.shapes import Number, Parameters, Shape, exported_bytes, parameters
+from catmaps.training.shapes import Number, Parameters, Shape, block_parameters, exported_bytes, parameters
 
 USABLE = 0.92  # share of a device's memory that a plan may fill: the rest is the runtime's and the allocator's
 DENSE_LENGTH = 512  # on CPUs attention forms its L x L matrix up to this length
@@ -63,6 +63,10 @@ class Traffic:
     """Gradients, to the device that keeps their share."""
     reduce: Number
     """Gradients, between replicas."""
+    gathers: int = 0
+    """Collectives of a step."""
+    scatters: int = 0
+    reductions: int = 0
 
     @property
     def total(self) -> Number:
@@ -257,16 +261,25 @@ def _elementwise(shape: Shape, mixture: tuple[RoleWork, ...], tiled: bool) -> El
 def _traffic(
     config: Config, shape: Shape, mixture: tuple[RoleWork, ...], shard: int, replicas: int, passes: int
 ) -> Traffic:
-    """Every call gathers the weights, once more for its backward pass; every backward pass scatters gradients."""
-    count = parameters(shape).total
+    """Sharded, a call gathers each block, and once more for its backward pass. All else is gathered in fp32, once a
+    micro-batch; of a teacher it stays gathered. Gradients of a block's calls are added, then scattered once; replicas
+    add theirs once a step."""
+    count, block = parameters(shape).total, block_parameters(shape)
+    if shard == 1:
+        between = 2 * (replicas - 1) / replicas
+        return Traffic(gather=0.0, scatter=0.0, reduce=between * FP32 * count, reductions=int(replicas > 1))
     learning = sum(role.calls.plain + role.calls.tangent for role in mixture)
     silent = sum(role.calls.own + role.calls.own_tangent + role.calls.teacher for role in mixture)
     precision = BF16 if config.training.precision == "bf16" else FP32
-    ring, between = (shard - 1) / shard, 2 * (replicas - 1) / replicas
+    rest, ring, between = count - shape.blocks * block, (shard - 1) / shard, 2 * (replicas - 1) / replicas
+    blocks, calls = shape.blocks * block, 2 * learning + silent
     return Traffic(
-        gather=ring * passes * (2 * learning + silent) * precision * count,
-        scatter=ring * passes * learning * FP32 * count,
+        gather=ring * passes * (FP32 * rest + calls * precision * blocks),
+        scatter=ring * passes * FP32 * count,
         reduce=between * FP32 * count / shard,
+        gathers=passes * (1 + calls * shape.blocks),
+        scatters=passes * (1 + shape.blocks),
+        reductions=1 + shape.blocks if replicas > 1 else 0,
     )
 
 

@@ -93,6 +93,12 @@ def parameters(shape: Shape) -> Parameters:
     )
 
 
+def block_parameters(shape: Shape) -> int:
+    """Of one block: what is gathered for its call. All else is gathered at once: the tables, time, the final norm."""
+    d, c = shape.width, shape.conditioning
+    return (4 + 2 * shape.mlp_ratio) * d * d + 2 * (d // shape.heads) + (c + 1) * 6 * d
+
+
 def parameter_tensors(shape: Shape) -> int:
     """How many tensors the parameters are: AdamW keeps a step counter for each."""
     return 8 * shape.blocks + 2 + 6 + 2 * 4 + 2
