@@ -92,29 +92,30 @@ class Score:
         config = with_best_grid(config, run) if self.grid == "best" else config
         scores = score_texts(run, texts, config)
         total = pool(scores, config.num_samples, config.bound, config.steps)
+        kind = "exact" if run.config.family == "autoregressive" else "upper bound"
         if self.out is not None:
             write_lines(self, run, config, scores)
         elif self.split is None and len(scores) > 1:
             for score in scores:
                 line = score.as_dict()
                 rate, spread = line["bound_bits_per_char"], line["bound_stderr_bits_per_char"]
-                print(f"{rate:.4f} ± {spread:.4f} bits/char (upper bound)  {score.name}")
+                print(f"{rate:.4f} ± {spread:.4f} bits/char ({kind})  {score.name}")
         said = total.as_dict()
-        describe(config.label, said, sum(score.normalised for score in scores))
+        describe(config.label, said, sum(score.normalised for score in scores), kind)
         text = ", ".join(str(file) for file in self.files) or self.split
         times = {"times": config.times} if config.times else {}
         return {"run": str(self.run_), "text": text, "seed": self.seed, **times, **said}
 
 
-def describe(label: str, said: dict[str, Any], normalised: int) -> None:
-    """The pooled bound for people."""
+def describe(label: str, said: dict[str, Any], normalised: int, kind: str) -> None:
+    """The pooled bound for people; `kind` says what it is."""
     rate, perplexity, nats = (
         next(value for key, value in said.items() if key.endswith(ending) and not key.startswith("stderr"))
         for ending in ("_bits_per_char", "_perplexity_per_token", "_nats")
     )
     over_texts = f", {said['stderr_bits_per_char_texts']:.4f} over texts" if 1 < said["texts"] < said["windows"] else ""
     print(
-        f"{label} {rate:.4f} bits/char (upper bound), s.e. {said['stderr_bits_per_char_monte_carlo']:.4f} from "
+        f"{label} {rate:.4f} bits/char ({kind}), s.e. {said['stderr_bits_per_char_monte_carlo']:.4f} from "
         f"sampling, {said['stderr_bits_per_char_windows']:.4f} over windows{over_texts}"
     )
     print(
