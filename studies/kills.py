@@ -20,6 +20,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from common import record
@@ -71,9 +72,9 @@ def live(folder: Path, rank: int, processes: int, port: int) -> None:
             seen.flush()
         train_batch(module, batch, dry_run)
 
-    FlowTrainModule.train_batch = noting
     try:
-        train(folder)
+        with patch.object(FlowTrainModule, "train_batch", noting):
+            train(folder)
     except UserError as error:
         print(error, file=sys.stderr)
         os._exit(2)
