@@ -23,6 +23,7 @@ refused() { # command ... : must fail with status 2 and one line that holds the 
 fast=(--training.steps 40 --training.compile False --training.save-every 20 --training.evaluate-every 40
   --training.evaluate-sequences 8)
 "$catmaps" train tiny --out base "${fast[@]}" --json | json 'd["complete"] and d["step"] == 40'
+"$catmaps" train tiny --out base "${fast[@]}" --restart --json | json 'd["complete"]'
 "$catmaps" distill --from base --out map "${fast[@]}" --json | json 'd["complete"]'
 for loss in lsd esd ecld; do
   "$catmaps" distill --from base --out "map-$loss" "${fast[@]}" --training.steps 4 --objective.loss $loss --json |
@@ -41,6 +42,7 @@ print(AutoModel.from_pretrained("exported", trust_remote_code=True).generate(see
 "$catmaps" show map --html flow.html --infill 'the [[5]] of the' --steps 1 4 --json | json 'd["seconds"]'
 "$catmaps" steer map --reward contains:the --particles 4 --num 1 --steps 4 --json | json 'd["texts"]'
 "$catmaps" plan 1.7b --gpus 256 --tokens 2.1T --json | json 'd'
+"$catmaps" plan tiny --gpus 4 --vocabulary 4096 --simulate --json | json 'd["simulation"]["agrees"]'
 "$catmaps" score map --split test --windows 8 --json | json '3 < d["nelbo_bits_per_char"] < 6'
 echo 'It was the best of times, it was the worst of times' >own.txt
 "$catmaps" score base own.txt --json | json 'd["characters"] > 40'

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch.distributed as dist
 from olmo_core.aliases import PathOrStr
-from olmo_core.distributed.utils import all_gather_object, get_rank, get_world_size, is_distributed
+from olmo_core.distributed.utils import all_gather_object, broadcast_object, get_rank, get_world_size, is_distributed
 from olmo_core.train import checkpoint as engine
 from olmo_core.train.callbacks import CheckpointerCallback
 from olmo_core.train.checkpoint import CheckpointMetadata
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from catmaps.config import Config
@@ -85,13 +86,12 @@ def verify_latest(folder: Path) -> int | None:
     Raises:
         UserError: A file is missing or damaged; names it.
     """
-    found = complete(folder)
+    found = broadcast_object(complete(folder))
     if not found:
         return None
     (step, path), before = found[-1], [earlier for earlier, _ in found[:-1]]
-    problem = _problem(path, get_rank(), get_world_size())
-    problems = [p for p in all_gather_object(problem) if p is not None] if is_distributed() else [problem]
-    if problems and problems[0] is not None:
+    problems = [p for p in all_gather_object(_problem(path, get_rank(), get_world_size())) if p is not None]
+    if problems:
         then = f"the run then goes on from step {before[-1]}" if before else "the run then begins anew"
         raise UserError(f"{problems[0]}; copy {path} again, or remove it: {then}")
     return step
@@ -217,7 +217,11 @@ class CheckpointCallback(CheckpointerCallback):
 
 def export(module: FlowTrainModule, folder: Path) -> None:
     """The moving average and the law of time as safetensors, in the run's folder; every process must call it."""
-    tensors = {name: whole(tensor) for name, tensor in module.average.state_dict().items()}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in module.average.state_dict().items():
+        value = whole(tensor)
+        if get_rank() == 0:
+            tensors[name] = value.cpu()
     if get_rank() == 0:
         write_tensors(tensors, folder / MODEL)
         write_law(module.law, folder / CLOCK)
