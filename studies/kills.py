@@ -135,10 +135,7 @@ def kill(moment: str, folder: Path, born: list[Any], rng: random.Random) -> dict
         return None
     os.kill(born[victim].pid, signal.SIGKILL)
     began, written = time.monotonic(), unfinished(folder)
-    for process in born:
-        process.join(90)
-    if any(process.is_alive() for process in born):
-        raise SystemExit(f"a process outlived the killed one by 90 seconds: {born}")
+    helped = end(born)
     return {
         "moment": moment,
         "victim": victim,
@@ -146,9 +143,25 @@ def kill(moment: str, folder: Path, born: list[Any], rng: random.Random) -> dict
         "being_written": written,
         "complete": [step for step, _ in complete(folder / CHECKPOINTS)],
         "others_ended_after": round(time.monotonic() - began, 2),
+        "ended_by": helped,
         "exits": [process.exitcode for process in born],
         "seconds": round(time.monotonic() - born_at, 2),
     }
+
+
+def end(born: list[Any]) -> str | None:
+    """Waits until the others give up; who does not is ended as torchrun would. Says whether that was needed."""
+    helped = None
+    for patience, call in ((10, signal.SIGTERM), (30, signal.SIGKILL), (10, None)):
+        until = time.monotonic() + patience
+        for process in born:
+            process.join(max(0.0, until - time.monotonic()))
+        for process in born:
+            if process.is_alive() and call is not None:
+                os.kill(process.pid, call)
+                helped = call.name
+    assert not any(process.is_alive() for process in born)
+    return helped
 
 
 def hashes(folder: Path, processes: int) -> list[list[tuple[int, str]]]:

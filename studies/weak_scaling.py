@@ -96,19 +96,21 @@ def throughput(together: bool, strategy: str, rows: int, steps: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=16, help="sequences of a process and step")
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rows", type=int, nargs="+", default=[16, 32], help="sequences of a process and step")
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    figures: dict[str, Any] = {"rows": options.rows, "steps": options.steps, "bar": BAR}
-    for strategy in ("ddp", "fsdp"):
+    figures: dict[str, Any] = {"steps": options.steps, "bar": BAR}
+    cases = [(strategy, rows) for strategy in ("ddp", "fsdp") for rows in options.rows]
+    for strategy, rows in cases:
         rounds = []
         for _ in range(options.rounds):
-            apart = throughput(False, strategy, options.rows, options.steps)
-            joined = throughput(True, strategy, options.rows, options.steps)
+            apart = throughput(False, strategy, rows, options.steps)
+            joined = throughput(True, strategy, rows, options.steps)
             rounds.append({"apart": round(apart, 2), "together": round(joined, 2), "ratio": round(joined / apart, 3)})
-            print(strategy, rounds[-1], flush=True)
-        figures[strategy] = {"rounds": rounds, "ratio": statistics.median(r["ratio"] for r in rounds)}
+            print(strategy, rows, rounds[-1], flush=True)
+        ratio = statistics.median(r["ratio"] for r in rounds)
+        figures[f"{strategy}, {rows} sequences"] = {"ratio": ratio, "within": ratio >= BAR, "rounds": rounds}
     print(record("weak_scaling", figures))
 
 

@@ -207,20 +207,28 @@ def train(folder: Path, *, stop_after: int | None = None) -> Outcome:
     for name in ("olmo_core", "torch.distributed.checkpoint"):  # before the import, which talks as well
         logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised, too
     try:
-        from olmo_core.distributed.utils import get_rank, get_world_size
-        from olmo_core.train import Duration, TrainerConfig
+        import olmo_core.train  # noqa: F401
     except ImportError as error:
         raise UserError(EXTRA) from error
-    from catmaps.training.callbacks import MetricsCallback, StragglerCallback, record
-    from catmaps.training.checkpoints import CheckpointCallback, Checkpointer, verify_latest
-    from catmaps.training.module import FlowTrainModule
     from catmaps.training.processes import join_processes, losing_peers
 
     config = read_config(folder)
+    if config.training.threads is not None:
+        torch.set_num_threads(config.training.threads)
+    with losing_peers(folder):
+        join_processes(config.parallel.timeout)
+        return _fit(config, folder, stop_after)
+
+
+def _fit(config: Config, folder: Path, stop_after: int | None) -> Outcome:
+    from olmo_core.distributed.utils import get_rank, get_world_size
+    from olmo_core.train import Duration, TrainerConfig
+
+    from catmaps.training.callbacks import MetricsCallback, StragglerCallback, record
+    from catmaps.training.checkpoints import CheckpointCallback, Checkpointer, verify_latest
+    from catmaps.training.module import FlowTrainModule
+
     training = config.training
-    if training.threads is not None:
-        torch.set_num_threads(training.threads)
-    join_processes(config.parallel.timeout)
     shards = find_shards(config)
     latest = verify_latest(folder / CHECKPOINTS)
     module = FlowTrainModule(config, *_networks(config, folder, shards), read_law(folder / START_LAW))
@@ -245,8 +253,7 @@ def train(folder: Path, *, stop_after: int | None = None) -> Outcome:
     trainer.checkpointer = Checkpointer(work_dir=folder / CHECKPOINTS / "work", save_overwrite=True)
     if latest is not None and latest < training.steps and get_rank() == 0:
         record(folder, latest, "resumed", processes=get_world_size())
-    with losing_peers(folder):
-        trainer.fit()
+    trainer.fit()
     reason = trainer._cancel_reason if trainer.global_step < training.steps else None
     if dist.is_initialized():
         dist.barrier()
