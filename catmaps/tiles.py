@@ -16,9 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 NUMBERS = 31 * 2**18
 """Default size of a tile: positions x vocabulary, 31 MiB of fp32. A few such tensors live at a time."""
-
-
 ADDED_AT_ONCE = 2**20
+"""Numbers that are brought to a wider dtype at a time where gradients are added."""
 
 
 @runtime_checkable

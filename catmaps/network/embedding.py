@@ -25,7 +25,11 @@ def _belief(x: Tensor, gain: Tensor, log_prior: Tensor, dtype: torch.dtype) -> T
 
 
 class KeptCast:
-    """The last weight that was cast, in its new dtype: large tables are cast once for every change, not every use."""
+    """The last weight that was cast, in its new dtype: large tables are cast once for every change, not every use.
+
+    A change is seen by the weight's address and version. Fused optimisers and FSDP's gathers raise no version: whoever
+    uses them calls `FlowNetwork.forget_casts` after every step.
+    """
 
     def __init__(self) -> None:
         self._of: tuple[int, int, torch.dtype] | None = None

@@ -26,7 +26,7 @@ from catmaps.flow.samplers import SAMPLERS, sample
 from catmaps.flow.times import Pair, grid, uniform, warp
 from catmaps.model import build_network
 from catmaps.network.denoiser import FlowNetwork, NetworkConfig
-from catmaps.tiles import Fusion, Tile, split
+from catmaps.tiles import Fusion, Tile, Weight, add_gradients, split
 
 B, L, V, D = 3, 5, 48, 16
 Mode = Literal["belief", "linear"]
@@ -94,6 +94,59 @@ def test_tiled_losses_and_gradients_are_those_of_the_whole(name: str, mode: Mode
     for key, gradient in gradients.items():
         scale = gradient.abs().max().item()
         torch.testing.assert_close(parts[key], gradient, rtol=1e-3, atol=2e-5 * scale + 1e-9, msg=key)
+
+
+@pytest.mark.parametrize(("mode", "skip"), MODES)
+def test_gradients_of_bf16_products_are_added_up_in_fp32(mode: Mode, skip: bool) -> None:
+    """One position a tile: 15 parts, each with the rounding of a product and none with that of a sum."""
+    results = []
+    for numbers in (10**9, 1):
+        net, teacher = (network(mode, skip, seed, numbers) for seed in (0, 9))
+        net.precision = torch.bfloat16
+        loss_of("endpoint", net, teacher, (mode == "belief" or skip) and numbers > 1).total.backward()
+        results.append({n: p.grad for n, p in net.named_parameters() if p.grad is not None})
+    whole, tiled = results
+    assert set(whole) == set(tiled)
+    for name in ("head.weight", "embedding.table.weight"):
+        assert tiled[name].dtype == torch.float32
+        scale = whole[name].abs().max().item()
+        torch.testing.assert_close(tiled[name], whole[name], rtol=0.05, atol=0.02 * scale, msg=name)
+
+
+def test_sums_of_gradients_keep_the_dtype_of_their_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("catmaps.tiles.ADDED_AT_ONCE", 7)  # a few rows at a time, the last ones fewer
+    weights = [Weight.of(torch.zeros(5, 3), torch.zeros(5, 3).bfloat16()), Weight.of(torch.zeros(()), torch.zeros(()))]
+    parts = [torch.randn(5, 3, generator=seeded(i)).bfloat16() for i in range(20)]
+    totals: list[Tensor | None] = [None, None]
+    for i, part in enumerate(parts):
+        totals = add_gradients(totals, [part, None if i else torch.ones(())], weights)
+    wide, single = totals
+    assert wide is not None
+    assert single is not None
+    assert wide.dtype == torch.float32
+    torch.testing.assert_close(wide, torch.stack(parts).double().sum(0).float(), rtol=1e-6, atol=1e-6)
+    assert single.item() == 1  # a tile in which it was unused adds nothing
+
+
+@pytest.mark.parametrize("mode", ["belief", "linear"])
+def test_forgotten_casts_are_made_of_the_weights_of_the_present(mode: Mode) -> None:
+    """Weights changed behind their versions, as fused optimisers and gathers change them."""
+    tokens = torch.randint(V, (B, L), generator=seeded(3))
+    state = interpolate(tokens, Noise.of((7, 8), torch.arange(B), L, V), times().s)
+
+    @torch.no_grad()
+    def logits(net: FlowNetwork) -> Tensor:
+        return FlowMap(net).logits(state, times().s, times().s)
+
+    net, other = (network(mode, False, seed, 7 * V) for seed in (0, 4))
+    for one in (net, other):
+        one.precision = torch.bfloat16
+    before = logits(net)
+    for own, value in zip(net.parameters(), other.parameters(), strict=True):
+        own.data.copy_(value)
+    net.forget_casts()
+    assert torch.equal(logits(net), logits(other))
+    assert not torch.equal(logits(net), before)
 
 
 def test_tiles_cover_every_position_once() -> None:

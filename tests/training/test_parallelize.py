@@ -26,7 +26,8 @@ from tiny_runs import (
 from catmaps.config import Config, ParallelConfig
 from catmaps.errors import UserError
 from catmaps.model import MODEL, load_run, network_of, read_law
-from catmaps.network.denoiser import uniform_log_prior
+from catmaps.network.denoiser import FlowNetwork, uniform_log_prior
+from catmaps.network.embedding import BeliefEmbedding
 from catmaps.network.published import PublishedNetwork
 from catmaps.training.train import START_LAW, _networks, train
 
@@ -180,7 +181,7 @@ def test_weights_drawn_part_by_part_are_those_of_the_constructor(family: str, sh
 
 
 def test_reads_without_gradient_see_the_weights_of_the_present(tmp_path: Path, shards: Path, base_run: Path) -> None:
-    """Fused AdamW does not raise a tensor's version: the head's kept cast has to be dropped."""
+    """Fused AdamW does not raise a tensor's version: kept casts of both tables have to be dropped."""
     config = tiny_kind("psd", shards, base_run)
     config = replace(config, training=replace(config.training, steps=2, precision="bf16"))
     seen: list[bool] = []
@@ -188,9 +189,11 @@ def test_reads_without_gradient_see_the_weights_of_the_present(tmp_path: Path, s
 
     def checking(module: FlowTrainModule) -> None:
         step(module)
-        head = module.network.head.weight
-        cast = module.network._cast(head, torch.bfloat16)  # pyright: ignore[reportCallIssue]
-        seen.append(torch.equal(cast, head.detach().bfloat16()))
+        network = module.network
+        assert isinstance(network, FlowNetwork)
+        assert isinstance(network.embedding, BeliefEmbedding)
+        kept = ((network.head.weight, network._cast), (network.embedding.table.weight, network.embedding.cast))
+        seen.append(all(torch.equal(cast(w, torch.bfloat16), w.detach().bfloat16()) for w, cast in kept))
 
     with patch.object(FlowTrainModule, "optim_step", checking):
         trained(config, tmp_path / "run")
