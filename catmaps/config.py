@@ -187,6 +187,7 @@ ADDED: dict[str, Any] = {
     "objective.final": 0.0,
     "objective.ladder": 0.0,
     "training.tile_megabytes": 31,
+    "network.neighbours": 0,
     "published": None,
     "optimiser.spike": 0.0,
     "optimiser.patience": 10,

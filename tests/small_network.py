@@ -19,7 +19,7 @@ Times = tuple[Tensor, Tensor]
 def fresh(**changes: Any) -> FlowNetwork:
     """A small network as training starts it, fp32."""
     torch.manual_seed(0)
-    shape: dict[str, Any] = {"width": 16, "blocks": 2, "heads": 2, "conditioning": 8}
+    shape: dict[str, Any] = {"width": 16, "blocks": 2, "heads": 2, "conditioning": 8, "neighbours": 2}
     config = NetworkConfig(**shape | changes)
     evidence = Evidence(CLOCK)
     gains = evidence.gain_in, evidence.gain_out

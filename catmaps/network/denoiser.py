@@ -59,6 +59,8 @@ class NetworkConfig:
     conditioning: int = 64
     """Width of the time conditioning shared by all blocks."""
     mlp_ratio: int = 4
+    neighbours: int = 0
+    """How many positions to either side enter attention and MLP beside a position's own; 0: none."""
     input: Literal["belief", "linear"] = "belief"
     """How noisy text enters (docs/maths.md (a))."""
     skip: bool = True
@@ -67,6 +69,8 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         if min(self.width, self.blocks, self.heads, self.conditioning, self.mlp_ratio) < 1:
             raise ValueError("every size of the network must be at least 1")
+        if self.neighbours < 0:
+            raise ValueError(f"network.neighbours must not be negative, as {self.neighbours} is")
         if self.width % self.heads or self.width // self.heads % 2:
             raise ValueError(f"width {self.width} must be heads ({self.heads}) times an even number")
 
@@ -99,7 +103,8 @@ class FlowNetwork(nn.Module):
         embedding = BeliefEmbedding if config.input == "belief" else LinearEmbedding
         self.embedding = embedding(vocab_size, width)
         self.conditioner = Conditioner(features.size, config.conditioning)
-        self.trunk = Trunk(width, config.blocks, config.heads, config.conditioning, config.mlp_ratio)
+        shape = (config.blocks, config.heads, config.conditioning, config.mlp_ratio, config.neighbours)
+        self.trunk = Trunk(width, *shape)
         self.head = nn.Linear(width, vocab_size, bias=False)
         self.reset_parameters()
 

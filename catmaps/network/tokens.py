@@ -43,7 +43,8 @@ class TokenNetwork(nn.Module):
         self.features = features
         self.table = nn.Embedding(vocab_size + special, width)
         self.conditioner = Conditioner(features.size, config.conditioning)
-        self.trunk = Trunk(width, config.blocks, config.heads, config.conditioning, config.mlp_ratio, causal)
+        shape = (config.blocks, config.heads, config.conditioning, config.mlp_ratio, config.neighbours)
+        self.trunk = Trunk(width, *shape, causal)
         self.head = nn.Linear(width, vocab_size, bias=False)
         self.reset_parameters()
 

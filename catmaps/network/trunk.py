@@ -1,7 +1,8 @@
 """The transformer: pre-RMSNorm blocks, full attention with RoPE and QK-norm, squared ReLU, adaptive modulation.
 
-Residual projections start at zero and gates at one, so a new block is the identity and learns from its first step.
-A causal trunk lets no position see a later one; it serves autoregressive baselines and has no tangents.
+Before attention and MLP a position may mix with its nearest neighbours, channel by channel (`Neighbours`). Residual
+projections start at zero and gates at one, so a new block is the identity and learns from its first step. A causal
+trunk lets no position see a later one; it serves autoregressive baselines and has no tangents.
 """
 
 import math
@@ -81,12 +82,40 @@ def gated(x: Tensor, dx: Tensor, gate: tuple[Tensor, Tensor], y: tuple[Tensor, T
 Pair = tuple[Tensor, Tensor]
 
 
+class Neighbours(nn.Module):
+    """y_l + sum_j weight_j * y_{l+j} over |j| <= reach, or -reach <= j <= 0 where causal; nothing beyond the ends.
+
+    Weights are per channel and start at zero, hence it starts as the identity.
+
+    Source: the depthwise convolutions of Primer, So et al. 2021, arXiv:2109.08668; docs/log.md, 2026-11-26.
+    """
+
+    def __init__(self, width: int, reach: int, causal: bool = False) -> None:
+        super().__init__()
+        self.reach = (reach, 0 if causal else reach)
+        self.weight = nn.Parameter(torch.zeros(sum(self.reach) + 1, width))
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def forward(self, y: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
+        padded, length = F.pad(y, (0, 0, *self.reach)), y.shape[1]
+        for j, weight in enumerate(self.weight.to(y.dtype)):
+            y = y + weight * padded[:, j : j + length]
+        return y
+
+
 class Block(nn.Module):
     """One transformer block of width d; `modulation` holds shift, scale, gate of both halves, (B, K, 6 d)."""
 
-    def __init__(self, width: int, heads: int, conditioning: int, mlp_ratio: int, causal: bool = False) -> None:
+    def __init__(
+        self, width: int, heads: int, conditioning: int, mlp_ratio: int, neighbours: int = 0, causal: bool = False
+    ) -> None:
         super().__init__()
         self.heads, self.causal = heads, causal
+        self.near_attention, self.near_mlp = (
+            Neighbours(width, neighbours, causal) if neighbours else nn.Identity() for _ in range(2)
+        )
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.query_norm = nn.RMSNorm(width // heads, eps=EPS)
         self.key_norm = nn.RMSNorm(width // heads, eps=EPS)
@@ -102,8 +131,9 @@ class Block(nn.Module):
         for layer in (self.attention_out, self.down, self.modulation):
             nn.init.zeros_(layer.weight)
         nn.init.zeros_(self.modulation.bias)
-        self.query_norm.reset_parameters()
-        self.key_norm.reset_parameters()
+        for layer in (self.query_norm, self.key_norm, self.near_attention, self.near_mlp):
+            if not isinstance(layer, nn.Identity):
+                layer.reset_parameters()
 
     def _split_heads(self, qkv: Float[Tensor, "b l e"]) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -125,12 +155,12 @@ class Block(nn.Module):
             select(m, index) for m in self.modulation(condition).chunk(6, -1)
         )
         y = F.rms_norm(x, x.shape[-1:], eps=EPS) * (1 + scale1) + shift1
-        q, k, v = self._split_heads(self.qkv(y))
+        q, k, v = self._split_heads(self.qkv(self.near_attention(y)))
         q, k = rotate(head_norm(self.query_norm, q), wave), rotate(head_norm(self.key_norm, k), wave)
         y = attention(q, k, v, self.causal)
         z = x + (1 + gate1) * self.attention_out(y.transpose(1, 2).flatten(2))
         y = F.rms_norm(z, z.shape[-1:], eps=EPS) * (1 + scale2) + shift2
-        return z + (1 + gate2) * self.down(F.relu(self.up(y)).square())
+        return z + (1 + gate2) * self.down(F.relu(self.up(self.near_mlp(y))).square())
 
     def with_tangent(
         self,
@@ -143,7 +173,8 @@ class Block(nn.Module):
         assert not self.causal
         m, dm = tangent.linear(self.modulation, *condition)
         parts = [(select(a, index), select(b, index)) for a, b in zip(m.chunk(6, -1), dm.chunk(6, -1), strict=True)]
-        z, dz = tangent.linear(self.qkv, *modulated(*x, parts[0], parts[1]))
+        near = [self.near_attention(y) for y in modulated(*x, parts[0], parts[1])]
+        z, dz = tangent.linear(self.qkv, *near)
         (q, k, v), (dq, dk, dv) = self._split_heads(z), self._split_heads(dz)
         q, dq = tangent.rms_norm(q, dq, self.query_norm.weight, EPS)
         k, dk = tangent.rms_norm(k, dk, self.key_norm.weight, EPS)
@@ -151,7 +182,8 @@ class Block(nn.Module):
         y, dy = tangent.attention((rotated[0], rotated[1], v), (rotated[2], rotated[3], dv))
         y, dy = y.transpose(1, 2).flatten(2), dy.transpose(1, 2).flatten(2)
         x = gated(*x, parts[2], tangent.linear(self.attention_out, y, dy))
-        hidden = tangent.squared_relu(*tangent.linear(self.up, *modulated(*x, parts[3], parts[4])))
+        near = [self.near_mlp(y) for y in modulated(*x, parts[3], parts[4])]
+        hidden = tangent.squared_relu(*tangent.linear(self.up, *near))
         return gated(*x, parts[5], tangent.linear(self.down, *hidden))
 
 
@@ -199,11 +231,19 @@ class Trunk(nn.Module):
     checkpointing: bool = False
 
     def __init__(
-        self, width: int, blocks: int, heads: int, conditioning: int, mlp_ratio: int, causal: bool = False
+        self,
+        width: int,
+        blocks: int,
+        heads: int,
+        conditioning: int,
+        mlp_ratio: int,
+        neighbours: int = 0,
+        causal: bool = False,
     ) -> None:
         super().__init__()
         self.head_dim = width // heads
-        self.blocks = nn.ModuleList(Block(width, heads, conditioning, mlp_ratio, causal) for _ in range(blocks))
+        shape = (width, heads, conditioning, mlp_ratio, neighbours, causal)
+        self.blocks = nn.ModuleList(Block(*shape) for _ in range(blocks))
         self.final_norm = FinalNorm(width, conditioning)
 
     def _waves(self, x: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def block_bytes(shape: Shape, precision: int, *, compiled: bool, tangent: bool =
     """
     d, r, several = shape.width, shape.mlp_ratio, shape.times > 1
     scores = shape.heads * shape.length
-    small = 4 * (3 * shape.heads + 2)
+    small = 4 * (3 * shape.heads + 2) + (2 * (1 + tangent) * 4 * d if shape.neighbours and not compiled else 0)
     if tangent:
         wide = 114 + 24 * several + 12 * r if precision == BF16 else 156 + 48 * several + 24 * r
         return wide * d + 16 * scores + small

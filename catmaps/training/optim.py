@@ -19,7 +19,7 @@ def build_optimisers(network: Network, config: OptimiserConfig) -> list[Optimize
     taken = {id(p) for p in muon}
     learning = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
     named = [(name, p) for name, p in learning if id(p) not in taken]
-    plain = {id(p) for name, p in named if p.ndim < 2 or name.startswith("gain_")}
+    plain = {id(p) for name, p in named if p.ndim < 2 or name.startswith("gain_") or ".near_" in name}
     groups = [
         {"params": [p for _, p in named if id(p) not in plain], "weight_decay": config.weight_decay},
         {"params": [p for _, p in named if id(p) in plain], "weight_decay": 0.0},

@@ -23,6 +23,7 @@ class Shape:
     heads: int
     conditioning: int
     mlp_ratio: int
+    neighbours: int = 0
     linear: bool = False
     """Input `linear` instead of `belief`."""
     skip: bool = True
@@ -43,6 +44,7 @@ class Shape:
             heads=net.heads,
             conditioning=net.conditioning,
             mlp_ratio=net.mlp_ratio,
+            neighbours=net.neighbours,
             linear=net.input == "linear",
             skip=net.skip,
             times=2 if config.objective.clean else 1,
@@ -67,6 +69,7 @@ class Parameters:
     """Of the blocks and of the final norm."""
     time: int
     """Conditioning and gains."""
+    neighbours: int
 
     @property
     def total(self) -> int:
@@ -76,6 +79,10 @@ class Parameters:
     def body(self) -> int:
         """Outside the two vocabulary tables."""
         return self.total - self.embedding - self.head
+
+
+def _taps(shape: Shape) -> int:
+    return 2 * shape.neighbours + 1 if shape.neighbours else 0
 
 
 def parameters(shape: Shape) -> Parameters:
@@ -90,18 +97,20 @@ def parameters(shape: Shape) -> Parameters:
         mlp=n * 2 * shape.mlp_ratio * d * d,
         modulation=n * (c + 1) * 6 * d + (c + 1) * 2 * d,
         time=start + gap + 2 * gain,
+        neighbours=n * 2 * _taps(shape) * d,
     )
 
 
 def block_parameters(shape: Shape) -> int:
     """Of one block: what is gathered for its call. All else is gathered at once: the tables, time, the final norm."""
     d, c = shape.width, shape.conditioning
-    return (4 + 2 * shape.mlp_ratio) * d * d + 2 * (d // shape.heads) + (c + 1) * 6 * d
+    near = 2 * _taps(shape) * d
+    return (4 + 2 * shape.mlp_ratio) * d * d + 2 * (d // shape.heads) + (c + 1) * 6 * d + near
 
 
 def parameter_tensors(shape: Shape) -> int:
     """How many tensors the parameters are: AdamW keeps a step counter for each."""
-    return 8 * shape.blocks + 2 + 6 + 2 * 4 + 2
+    return (10 if shape.neighbours else 8) * shape.blocks + 2 + 6 + 2 * 4 + 2
 
 
 def block_matrices(shape: Shape) -> int:

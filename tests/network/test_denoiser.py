@@ -48,7 +48,7 @@ def test_sequences_do_not_see_each_other(kind: str) -> None:
 
 
 def test_positions_see_each_other_through_attention_alone() -> None:
-    net, x = trained(), normals(B, L, V)
+    net, x = trained(neighbours=0), normals(B, L, V)
     (s, t), _ = times_of("many")
     changed = x.clone(), s.clone(), t.clone()
     changed[0][:, 0], changed[1][:, 0], changed[2][:, 0] = 0.5, 0.1, 0.9
@@ -191,7 +191,7 @@ def test_parameters_are_counted_apart() -> None:
     assert vocabulary == 2 * V * 16
     assert body + vocabulary == sum(p.numel() for p in net.parameters())
     blocks, features = 2, net.features.size
-    block = 16 * 48 + 16 * 16 + 2 * 16 * 64 + 2 * 8 + (8 + 1) * 96
+    block = 16 * 48 + 16 * 16 + 2 * 16 * 64 + 2 * 8 + (8 + 1) * 96 + 2 * 5 * 16
     gains = 2 * (2 * 16 + 16 + 16 + 2)
     time = (features + 1) * 8 + (8 + 1) * 8 + features * 8 + 8 * 8
     assert body == blocks * block + (8 + 1) * 32 + gains + time

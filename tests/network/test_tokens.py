@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from exact_tokens import token_network
 from oracle import seeded
 
@@ -11,6 +12,7 @@ from catmaps.model import build_baseline, build_network
 from catmaps.network import trunk
 from catmaps.network.denoiser import NetworkConfig, uniform_log_prior
 from catmaps.network.tokens import TokenNetwork
+from catmaps.network.trunk import Neighbours
 
 
 def change_of(net: TokenNetwork) -> torch.Tensor:
@@ -20,6 +22,16 @@ def change_of(net: TokenNetwork) -> torch.Tensor:
     other[:, 4:] = (tokens[:, 4:] + 1 + torch.randint(4, (3, 5), generator=seeded(1))) % 6
     t = torch.full((3, 1), 0.3).double()
     return (net(tokens, t) - net(other, t)).abs().amax((0, 2))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_neighbours_are_a_depthwise_convolution(causal: bool) -> None:
+    near = Neighbours(4, 2, causal).double()
+    y = torch.randn(3, 7, 4, dtype=torch.float64, generator=seeded(0))
+    torch.testing.assert_close(near(y), y)
+    near.weight.data.normal_(generator=seeded(1))
+    padded = F.pad(y.mT, (2, 0 if causal else 2))
+    torch.testing.assert_close(near(y), y + F.conv1d(padded, near.weight.mT[:, None], groups=4).mT)
 
 
 @pytest.mark.parametrize("dense_length", [trunk.DENSE_LENGTH, 0], ids=["products", "fused"])

@@ -43,7 +43,7 @@ pytest.importorskip("olmo_core")
 BATCH = 8
 SIZES = [
     (NetworkConfig(width=32, blocks=2, heads=2, conditioning=8), 61, 24),
-    (NetworkConfig(width=64, blocks=3, heads=4, conditioning=16), 27, 64),
+    (NetworkConfig(width=64, blocks=3, heads=4, conditioning=16, neighbours=2), 27, 64),
     (NetworkConfig(width=48, blocks=1, heads=2, conditioning=8, mlp_ratio=2), 300, 48),
 ]
 IDS = [f"d{network.width}-v{v}-l{length}" for network, v, length in SIZES]
