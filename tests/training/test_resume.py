@@ -27,7 +27,7 @@ def assert_the_same(folder: Path, whole: Path, step: int = 20) -> None:
     ours, theirs = state(folder, step), state(whole, step)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-    assert {name.split(".")[0] for name in ours} == {"model", "average", "optim", "clock", "guard"}
+    assert {name.split(".")[0] for name in ours} == {"model", "average", "optim", "clock", "guard", "moments"}
     assert saved(folder) == saved(whole)
     assert rows(folder) == rows(whole)
 
