@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from filelock import FileLock
+
 from catmaps.errors import UserError
 from catmaps.evaluation.collect import build_judge, heldout_score, read_metrics
 from catmaps.evaluation.collect import measure as sample_quality
@@ -63,8 +65,11 @@ def few_step(run: Run, *, seed: int, calls: tuple[int, ...] = (1, 2, 4, 8), samp
     """
     from catmaps.training.train import cache_folder, find_shards
 
-    judge = build_judge(find_shards(run.config), run.tokenizer, cache_folder())
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with FileLock(cache_folder() / ".judge.lock"):  # made once, not by every process
+        judge = build_judge(find_shards(run.config), run.tokenizer, cache_folder())
     figures: dict[str, Figure] = {}
+    forward, reverse = (Curve("network calls", f"{way} bits per character", []) for way in ("forward", "reverse"))
     for n in dict.fromkeys(default_sampling(run, n).calls for n in calls):
         row, _ = sample_quality(run, judge, n, samples, seed=seed)
         figures |= {
@@ -73,7 +78,9 @@ def few_step(run: Run, *, seed: int, calls: tuple[int, ...] = (1, 2, 4, 8), samp
             f"entropy @{n}": Figure(row.token_entropy, row.token_entropy_stderr, "neither"),
             f"distinct-2 @{n}": Figure(row.distinct_2, row.distinct_2_stderr, "neither"),
         }
-    return Measured(figures)
+        forward.points.append((n, row.forward_bits))
+        reverse.points.append((n, row.reverse_bits))
+    return Measured(figures, {"forward bits over calls": forward, "reverse bits over calls": reverse})
 
 
 def curve(run: Run, *, seed: int) -> Measured:
@@ -106,7 +113,7 @@ def bins(run: Run, *, seed: int) -> Measured:
     return Measured(
         {},
         {
-            f"{name} over the clock": Curve("t", label, list(zip(row["t"], row[name], strict=True)))
+            f"{name.replace('_', ' ')} over the clock": Curve("t", label, list(zip(row["t"], row[name], strict=True)))
             for name, label in BIN_FIGURES.items()
         },
     )

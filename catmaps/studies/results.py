@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from catmaps.errors import UserError
 from catmaps.studies.measures import Curve, Figure
@@ -95,8 +96,6 @@ def read_results(study: Study) -> dict[tuple[str, int], Line]:
 
 def update_results(study: Study, out: Path, line: Line) -> None:
     """Puts a line in its place in results.jsonl: in the study's order, others behind. Safe beside other processes."""
-    from filelock import FileLock
-
     with FileLock(out / ".results.lock"):
         lines = read_results(study) | {(line["arm"], line["seed"]): line}
         order = {(arm.name, seed): i for i, (arm, seed) in enumerate((a, s) for a in study.arms for s in study.seeds)}

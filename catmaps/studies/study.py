@@ -247,7 +247,7 @@ def _budget(value: Any) -> dict[str, float]:
     (kind, amount), *_ = value.items()
     if isinstance(amount, bool) or not isinstance(amount, int | float) or amount <= 0:
         raise ValueError(f"budget: {kind} must be positive, not {amount!r}")
-    return {kind: amount}
+    return {kind: float(amount)}
 
 
 def _measures(values: Any) -> tuple[tuple[str, dict[str, Any]], ...]:

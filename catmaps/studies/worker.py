@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock, Timeout
+
 from catmaps.allocator import keep_freed_memory
 from catmaps.errors import UserError
 
@@ -50,8 +52,6 @@ def work(task: Task) -> None:
     Raises:
         UserError: The arm failed, or another process has it.
     """
-    from filelock import FileLock, Timeout
-
     from catmaps.studies import arms
     from catmaps.studies.study import Job, read_study
 
