@@ -11,7 +11,8 @@ import tyro
 from catmaps.cli import parse
 from catmaps.config import Config
 from catmaps.errors import UserError
-from catmaps.model import read_config
+from catmaps.model import CONFIG, read_config
+from catmaps.models import located
 from catmaps.presets import DISTILLATIONS, PRESETS, distilled, keeps_its_base
 
 
@@ -35,11 +36,19 @@ class Resume:
 
     resume: Path
     """Folder of the run."""
+    steps: int | None = None
+    """Another number of steps in all than the run began with; the rate's decay moves with it."""
     json: bool = False
     """One JSON object on stdout, the rest on stderr."""
 
     def run(self) -> dict[str, Any]:
+        from catmaps.training.train import with_steps
+
+        if not (self.resume / CONFIG).is_file() and located(self.resume) != self.resume:
+            raise UserError(f"{self.resume} comes with the package and has no checkpoints: train a run of your own")
         config = read_config(self.resume)
+        if self.steps is not None:
+            config = with_steps(config, self.resume, self.steps)
         return _train(self.resume, config)
 
 

@@ -3,7 +3,8 @@
 import logging
 import os
 import shutil
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,7 @@ def start(config: Config, folder: Path) -> Config:
     else:
         write_tensors(base.network.state_dict(), folder / TEACHER)
         write_law(base.law, folder / START_LAW)
-    draft = folder / f".{CONFIG}.draft"  # other processes wait for the finished file
-    draft.write_text(to_json(config), encoding="utf-8")
-    os.replace(draft, folder / CONFIG)
+    _write_config(config, folder)
     (folder / BEGUN).unlink()
     return config
 
@@ -126,6 +125,35 @@ def restart(config: Config, folder: Path) -> Config:
                 f"{folder} was begun with {name} {other[name]}, not {own[name]}: use the same options or another --out"
             )
     return begun
+
+
+def with_steps(config: Config, folder: Path, steps: int) -> Config:
+    """Gives a begun run another number of steps, in its config.json (process 0); the rate follows `optim.rate`.
+
+    Raises:
+        UserError: Fewer steps than the last checkpoint has, or none.
+    """
+    from catmaps.training.callbacks import record
+    from catmaps.training.checkpoints import complete
+
+    done = max((step for step, _ in complete(folder / CHECKPOINTS)), default=0)
+    if steps < max(1, done):
+        raise UserError(f"{folder} has made {done} steps already: --steps must be at least as many")
+    config = replace(config, training=replace(config.training, steps=steps))
+    if int(os.environ.get("RANK", "0")) == 0:
+        _write_config(config, folder)
+        record(folder, done, "steps changed", steps=steps)
+    for _ in range(600):  # other processes wait for the first
+        if read_config(folder) == config:
+            return config
+        time.sleep(0.1)
+    raise UserError(f"process 0 has not written {folder / CONFIG} within a minute")
+
+
+def _write_config(config: Config, folder: Path) -> None:
+    draft = folder / f".{CONFIG}.draft"  # other processes wait for the finished file
+    draft.write_text(to_json(config), encoding="utf-8")
+    os.replace(draft, folder / CONFIG)
 
 
 def _networks(config: Config, folder: Path, shards: Path) -> tuple[Network, Network, Network | None]:
