@@ -24,6 +24,7 @@ from catmaps.studies.results import (
     must_agree,
     read_results,
     update_results,
+    write_json,
 )
 from catmaps.studies.study import Arm, Job, Study
 from catmaps.studies.worker import REFUSED, Task
@@ -198,10 +199,12 @@ class Runner:
         job = Job(self.study.arm(task.arm), task.seed)
         line = self.line(job) or begin_line(self.study, job, task.steps)
         if status:
-            reason = _last_line(task.log)
+            reason = _last_line(task.log) if status > 0 else f"its process was killed by signal {-status}"
             self.progress.failed.append(job.name)
             self.say(f"{job.name} failed: {reason}" + ("" if status == REFUSED else f" ({task.log})"))
             line = {**line, "failed": reason, "complete": False}
+            if (folder := self.out / job.name).is_dir():
+                write_json(line, folder / RESULT)
         else:
             self.progress.trained.append(job.name)
             self.say(f"{job.name}: {_told(task, line)}")
