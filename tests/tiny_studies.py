@@ -53,7 +53,9 @@ def described(shards: Path, **changes: Any) -> dict[str, Any]:
 def written(folder: Path, values: dict[str, Any]) -> Study:
     folder.mkdir(exist_ok=True)
     (folder / "study.json").write_text(json.dumps(values))
-    return read_study(folder)
+    study = read_study(folder)
+    study.check()
+    return study
 
 
 @contextmanager

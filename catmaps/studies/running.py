@@ -68,6 +68,7 @@ def run_study(
         UserError: What was trained is not what study.json says, or no such arm or seed.
         Interrupted: A signal came.
     """
+    study.check()
     chosen = [study.arm(name) for name in arms] or list(study.arms)
     if odd := [seed for seed in seeds if seed not in study.seeds]:
         raise UserError(f"{study.file} has no seed {odd[0]}; there are {', '.join(map(str, study.seeds))}")

@@ -109,6 +109,11 @@ class Study:
             raise UserError(f"{self._where(job.arm)}: a distilled map keeps its base's network and tokenizer")
         return config
 
+    def check(self) -> None:
+        """UserError if an arm has no configuration: every mistake is better found before the first training."""
+        for arm in self.arms:
+            self.config(Job(arm, self.seeds[0]), 1)
+
     def tokens_per_step(self, arm: Arm) -> int:
         config = self.config(Job(arm, 0), 1)
         return config.training.batch * config.data.length
@@ -147,8 +152,7 @@ def read_study(folder: Path) -> Study:
         study = _study(folder, values)
     except (ValueError, TypeError) as error:
         raise UserError(f"{file}: {error}") from error
-    for arm in study.arms:  # every mistake is better found before the first training
-        study.config(Job(arm, study.seeds[0]), 1)
+    for arm in study.arms:
         study.baseline_of(arm)
     return study
 

@@ -16,7 +16,7 @@ from tiny_studies import described, written
 from catmaps.cli import main
 from catmaps.errors import UserError
 from catmaps.model import CHECKPOINTS, EVENTS, METRICS
-from catmaps.studies.plots import Point, numeric_field, series_of
+from catmaps.studies.plots import numeric_field, series_of
 from catmaps.studies.ranking import rank
 from catmaps.studies.report import write_report
 from catmaps.studies.results import RESULTS, begin_line, read_results, update_results
@@ -55,7 +55,7 @@ def test_a_sweep_is_plotted_over_its_field_by_the_others(tmp_path: Path) -> None
         "width 16": list(RATES),
         "width 32": list(RATES),
     }
-    assert series["width 32"][0] == Point(0.001, pytest.approx(2.1065), pytest.approx(0.0065))
+    assert tuple(series["width 32"][0]) == pytest.approx((0.001, 2.1065, 0.0065))
 
 
 def test_a_field_that_is_not_everywhere_a_number_has_no_line(tmp_path: Path) -> None:
