@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,18 +133,18 @@ def _measure(run: Run, name: str, options: dict[str, Any], seed: int) -> dict[st
 def _plain(found: Measured) -> dict[str, Any]:
     """As JSON, which has no NaN: null."""
 
-    def number(value: Any) -> Any:
-        return float(f"{value:.6g}") if isinstance(value, float) and math.isfinite(value) else None
+    def number(value: float) -> float | None:
+        return float(f"{value:.6g}") if math.isfinite(value) else None
 
+    for name, figure in found.figures.items():
+        if not math.isfinite(figure.value):
+            raise UserError(f"{name} is {figure.value}")
     figures = {
-        name: {"value": figure.value, "stderr": number(figure.stderr), "better": figure.better}
+        name: {"value": float(figure.value), "stderr": number(figure.stderr), "better": figure.better}
         for name, figure in found.figures.items()
     }
-    odd = [name for name, figure in found.figures.items() if not math.isfinite(figure.value)]
-    if odd:
-        raise UserError(f"{odd[0]} is {found.figures[odd[0]].value}")
     curves = {
-        name: asdict(curve) | {"points": [[number(float(x)), number(y)] for x, y in curve.points if y is not None]}
+        name: {"x": curve.x, "y": curve.y, "points": [[number(x), number(y)] for x, y in curve.points]}
         for name, curve in found.curves.items()
     }
     return {"figures": figures, "curves": curves}
@@ -165,7 +165,7 @@ def _latest(folder: Path) -> int:
     return max((step for step, _ in complete(folder / CHECKPOINTS)), default=0)
 
 
-def _metrics(folder: Path) -> list[dict[str, float]]:
+def _metrics(folder: Path) -> list[dict[str, Any]]:
     file = folder / METRICS
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]

@@ -78,8 +78,8 @@ def few_step(run: Run, *, seed: int, calls: tuple[int, ...] = (1, 2, 4, 8), samp
             f"entropy @{n}": Figure(row.token_entropy, row.token_entropy_stderr, "neither"),
             f"distinct-2 @{n}": Figure(row.distinct_2, row.distinct_2_stderr, "neither"),
         }
-        forward.points.append((n, row.forward_bits))
-        reverse.points.append((n, row.reverse_bits))
+        forward.points.append((float(n), row.forward_bits))
+        reverse.points.append((float(n), row.reverse_bits))
     return Measured(figures, {"forward bits over calls": forward, "reverse bits over calls": reverse})
 
 
@@ -115,6 +115,7 @@ def bins(run: Run, *, seed: int) -> Measured:
         {
             f"{name.replace('_', ' ')} over the clock": Curve("t", label, list(zip(row["t"], row[name], strict=True)))
             for name, label in BIN_FIGURES.items()
+            if None not in row[name]  # gradients where processes shared the network
         },
     )
 

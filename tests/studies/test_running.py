@@ -123,7 +123,7 @@ def test_a_new_measure_is_taken_without_training(whole: tuple[Study, Path]) -> N
     assert line["measures"]["nelbo"]["options"] == {"windows": 8}
 
     def length(run: Any, *, seed: int) -> Measured:
-        return Measured({"length": Figure(run.config.data.length + seed, better="higher")})
+        return Measured({"length": Figure(float(run.config.data.length + seed), better="higher")})
 
     values = json.loads(study.file.read_text()) | {"measures": [{"name": "nelbo", "windows": 4}, "length"]}
     with (
