@@ -49,6 +49,7 @@ COMMANDS = {
     "judge": Entry("texts under a causal language model: catmaps judge FILE --judge NAME", "judge"),
     "bench": Entry("speed and memory beside a dense reference: catmaps bench --suite step", "bench"),
     "plan": Entry("what a training costs: catmaps plan PRESET --gpus 256 --tokens 2.1T", "plan"),
+    "study": Entry("a grid of small trainings, compared: catmaps study run|report FOLDER", "study"),
     "info": Entry("what a run is: catmaps info RUN", "info"),
     "data": Entry("token shards from your text: catmaps data build PATH... --out DIR", "data"),
     "eval": Entry("standard benchmarks by lm-eval: catmaps eval RUN --tasks piqa | --offline-tasks", "eval"),

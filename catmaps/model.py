@@ -1,9 +1,9 @@
 """Puts a denoiser together from its parts, and reads and writes the folder of a run.
 
 A run's folder holds config.json, tokenizer.json, model.safetensors (moving average of the weights), clock.safetensors
-(the law of time it trained with), manifest.json (of its data), metrics.jsonl, events.jsonl (what happened besides
-steps), and checkpoints/, which only `--resume` reads. A distilled run also keeps teacher.safetensors, so that it can be
-resumed wherever it is moved to.
+(the law of time it trained with), manifest.json (of its data), metrics.jsonl, bins.jsonl (a flow's figures over
+the clock), events.jsonl (what happened besides steps), and checkpoints/, which only `--resume` reads. A distilled run
+also keeps teacher.safetensors, so that it can be resumed wherever it is moved to.
 """
 
 import json
@@ -38,7 +38,7 @@ from catmaps.text.tokenizers import load as load_tokenizer
 from catmaps.tiles import Fusion
 
 CONFIG, MODEL, CLOCK, TEACHER = "config.json", "model.safetensors", "clock.safetensors", "teacher.safetensors"
-METRICS, EVENTS, CHECKPOINTS = "metrics.jsonl", "events.jsonl", "checkpoints"
+METRICS, EVENTS, BINS, CHECKPOINTS = "metrics.jsonl", "events.jsonl", "bins.jsonl", "checkpoints"
 HUB_PREFIX = "network."  # of the names of weights in an exported directory
 Device = torch.device | None
 PRECISION = {"bf16": torch.bfloat16, "fp32": torch.float32}

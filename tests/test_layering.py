@@ -16,6 +16,7 @@ OPTIONAL = {
     "olmo_core",
     "pyarrow",
     "matplotlib",
+    "scipy",
     "lm_eval",
     "transformers",
     "gguf",

@@ -13,7 +13,7 @@ from catmaps.config import Config
 from catmaps.errors import UserError
 from catmaps.model import CONFIG, read_config
 from catmaps.models import located
-from catmaps.presets import DISTILLATIONS, PRESETS
+from catmaps.presets import DISTILLATIONS, PRESETS, distilled, keeps_its_base
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,9 @@ def _read_distill(args: list[str], prog: str) -> Start:
             default = Train(config=DISTILLATIONS["distill"](Config()))
             return parse(Train, ["--help"], f"{prog} --from RUN", default)
         raise UserError(f"which base? `{prog} --from RUN`")
-    if (preset or "distill") not in DISTILLATIONS:
-        raise UserError(f"no distillation preset {preset}; there are {', '.join(DISTILLATIONS)}")
-    base = read_config(Path(source))
-    if base.family != "flow":
-        raise UserError(f"run {source} is of family {base.family}: only a flow can be distilled into a map")
-    config = replace(DISTILLATIONS[preset or "distill"](base), base=source, preset=preset or "distill")
+    config = distilled(source, preset or "distill")
     command: Train = parse(Train, rest, f"{prog} --from {source}", Train(config=config))
-    if command.config.network != base.network or command.config.data.tokenizer != base.data.tokenizer:
+    if not keeps_its_base(command.config, config):
         raise UserError("a distilled map keeps its base's network and tokenizer; leave those options out")
     default_out = Path(source).with_name(Path(source).name + "-map")
     return Start(command.config, command.out or default_out, command.json, command.restart)

@@ -276,6 +276,7 @@ def _fit(config: Config, folder: Path, stop_after: int | None) -> Outcome:
             "metrics": metrics,
             "stragglers": StragglerCallback(folder=folder),
             "validation": _validation(config, shards, metrics),
+            "bins": _bins(config, shards, folder),
         },
     ).build(module, _loader(config, shards))
     trainer.checkpointer = Checkpointer(work_dir=folder / CHECKPOINTS / "work", save_overwrite=True)
@@ -295,11 +296,24 @@ def _validation(config: Config, shards: Path, metrics: Any) -> Any:
     if "valid" not in manifest.splits or training.evaluate_every == 0:
         return ValidationCallback(every=0, metrics=metrics)
     valid = manifest.split("valid")
-    tokens = sequences(shards, "valid", config.data.length)
-    tokens = tokens[:: max(1, len(tokens) // training.evaluate_sequences)][: training.evaluate_sequences]
     return ValidationCallback(
-        tokens=torch.from_numpy(tokens),
+        tokens=_valid_tokens(config, shards, training.evaluate_sequences),
         every=training.evaluate_every,
         characters_per_token=valid.characters / valid.tokens,
         metrics=metrics,
     )
+
+
+def _bins(config: Config, shards: Path, folder: Path) -> Any:
+    from catmaps.training.bins import SEQUENCES, BinsCallback
+
+    if "valid" not in load_manifest(shards).splits or config.training.evaluate_every == 0:
+        return BinsCallback(folder=folder)
+    tokens = _valid_tokens(config, shards, min(SEQUENCES, config.training.micro_batch))
+    return BinsCallback(folder=folder, tokens=tokens, every=config.training.evaluate_every)
+
+
+def _valid_tokens(config: Config, shards: Path, count: int) -> torch.Tensor:
+    """So many validation texts, or all there are, evenly spread."""
+    tokens = sequences(shards, "valid", config.data.length)
+    return torch.from_numpy(tokens[:: max(1, len(tokens) // count)][:count])
