@@ -31,28 +31,49 @@ def write_corpus(folder: Path, copies: int) -> int:
     return size
 
 
+def watch(session: int, seen: dict[int, tuple[int, float]]) -> None:
+    """Notes peak memory (kB) and processor seconds of every process of a session, by its id."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[3]) != session:
+                continue
+            status = (stat.parent / "status").read_text()
+        except OSError:  # it has ended
+            continue
+        peak = next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
+        before = seen.get(int(stat.parent.name), (0, 0.0))
+        seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        seen[int(stat.parent.name)] = max(peak, before[0]), max(seconds, before[1])
+
+
 def build(corpus: Path, out: Path, tokenizer: str, workers: int) -> dict[str, Any]:
     """One build: seconds (wall and processor), tokens, megabytes of its largest process."""
     how = [] if workers == 0 else ["--executor", "local", "--tasks", "4", "--workers", str(workers)]
     command = [sys.executable, "-m", "catmaps", "data", "build", str(corpus), "--out", str(out), *how]
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    seen: dict[int, tuple[int, float]] = {}
     begin = time.monotonic()
-    process = subprocess.Popen(
-        [*command, "--tokenizer", tokenizer, "--json"], env=environment, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    answer = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status != 0:
-        raise SystemExit(f"the build ended with status {status}")
-    seconds = time.monotonic() - begin
-    tokens = sum(split["tokens"] for split in json.loads(answer)["splits"].values())
+    with (out.parent / "answer").open("w+") as answer:
+        process = subprocess.Popen(
+            [*command, "--tokenizer", tokenizer, "--json"],
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+            stdout=answer,
+            start_new_session=True,
+        )
+        while process.poll() is None:
+            watch(process.pid, seen)
+            time.sleep(0.1)
+        seconds = time.monotonic() - begin
+        if process.returncode != 0:
+            raise SystemExit(f"the build ended with status {process.returncode}")
+        answer.seek(0)
+        tokens = sum(split["tokens"] for split in json.load(answer)["splits"].values())
     return {
         "tokens": tokens,
         "seconds": round(seconds, 1),
-        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "cpu_seconds": round(sum(cpu for _, cpu in seen.values()), 1),
         "tokens_per_second": round(tokens / seconds),
-        "peak_megabytes": round(usage.ru_maxrss / 1024),
+        "peak_megabytes": round(max(peak for peak, _ in seen.values()) / 1024),
     }
 
 
@@ -62,6 +83,7 @@ def main() -> None:
     parser.add_argument("--copies", nargs="+", type=int, default=[5, 20])
     parser.add_argument("--tokenizers", nargs="+", default=["text8", "bpe:4096"])
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 2], help="0: inline")
+    parser.add_argument("--name", default="tokenise", help="of the record")
     options = parser.parse_args()
     options.out.mkdir(parents=True)
     rows = []
@@ -81,7 +103,7 @@ def main() -> None:
                     print(rows[-1], flush=True)
     finally:
         shutil.rmtree(options.out)
-    print(record("tokenise", {"rows": rows}))
+    print(record(options.name, {"rows": rows}))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 Imported only by who runs a pipeline: it needs the extra `scale`.
 """
 
+import io
 import json
 import os
 import shutil
+import sys
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import redirect_stderr
 from dataclasses import asdict
@@ -77,9 +79,23 @@ class WriteShards(PipelineStep):
             self.stat_update("documents")
 
 
+class _Nowhere(io.TextIOBase):
+    """Takes what datatrove's log would write on stderr; it stays open, for the log is set up anew after each task."""
+
+    def write(self, text: str, /) -> int:
+        return len(text)
+
+
 class TaskExecutor(LocalPipelineExecutor):
     """datatrove's executor on this machine, whose log goes to files alone: our own errors are one line."""
 
+    def run(self) -> Any:
+        """All tasks that are not done."""
+        with redirect_stderr(_Nowhere()):
+            return super().run()
+
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
-        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
-            return super()._run_for_rank(rank, local_rank, node_rank)
+        with redirect_stderr(_Nowhere()):
+            stats = super()._run_for_rank(rank, local_rank, node_rank)
+        print(f"task {rank} of 0 to {self.tasks - 1} is done", file=sys.__stderr__)
+        return stats

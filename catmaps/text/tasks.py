@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -162,8 +161,7 @@ def run_tasks(folder: Path, *, only: int | None = None, workers: int = 1, steps:
         local_rank_offset=first,
         logging_dir=str(folder / LOGS),
     )
-    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
-        executor.run()
+    executor.run()
 
 
 def join_tasks(folder: Path, out_dir: Path, *, overwrite: bool = False) -> Manifest:
