@@ -41,8 +41,8 @@ class Build:
     """Parts the files are divided into; None: --workers. Shards depend on it, not on --workers."""
     workers: int = 1
     """Tasks at a time."""
-    tokens_per_shard: int | None = None
-    """A shard is closed after so many tokens; None: 268 million."""
+    tokens_per_shard: int = 1 << 28
+    """A shard is closed after so many tokens."""
     overwrite: bool = False
     """Replace shards that are in the way."""
     json: bool = False
@@ -68,7 +68,7 @@ class Build:
         return _told(join_tasks(folder, self.out, overwrite=self.overwrite), self.out)
 
     def _inline(self) -> "Manifest":
-        from catmaps.text.build import TOKENS_PER_SHARD, build_from_paths
+        from catmaps.text.build import build_from_paths
 
         return build_from_paths(
             list(self.paths),
@@ -77,12 +77,11 @@ class Build:
             text_key=self.text_key,
             valid=self.valid,
             test=self.test,
-            tokens_per_shard=self.tokens_per_shard or TOKENS_PER_SHARD,
+            tokens_per_shard=self.tokens_per_shard,
             overwrite=self.overwrite,
         )
 
     def _planned(self) -> Path:
-        from catmaps.text.build import TOKENS_PER_SHARD
         from catmaps.text.corpus import Reading
         from catmaps.text.tasks import make_plan
 
@@ -92,7 +91,7 @@ class Build:
             self.out,
             tasks=self.workers if self.tasks is None else self.tasks,
             reading=Reading(self.text_key, self.valid, self.test),
-            tokens_per_shard=self.tokens_per_shard or TOKENS_PER_SHARD,
+            tokens_per_shard=self.tokens_per_shard,
             overwrite=self.overwrite,
         )
 

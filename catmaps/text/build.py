@@ -53,8 +53,7 @@ def build_shards(
         UserError: If `out_dir` exists or cannot be written, or no document has any text for this tokenizer.
     """
     check_target(out_dir, overwrite)
-    if tokens_per_shard < 1:
-        raise UserError(f"{tokens_per_shard} tokens per shard are too few: at least 1")
+    check_shard_size(tokens_per_shard)
     with staging(out_dir, overwrite) as draft:
         splits = write_splits(documents, tokenizer, draft, tokens_per_shard, progress=progress)
         return finish(draft, tokenizer, splits)
@@ -234,6 +233,12 @@ def _progress(shown: bool) -> Progress:
         console=Console(stderr=True),
         disable=not shown,
     )
+
+
+def check_shard_size(tokens: int) -> None:
+    """Raises UserError unless a shard holds at least one token."""
+    if tokens < 1:
+        raise UserError(f"{tokens} tokens per shard are too few: at least 1")
 
 
 def check_target(out_dir: Path, overwrite: bool) -> None:

@@ -68,7 +68,9 @@ class WriteShards(PipelineStep):
             follows=rank > 0,
         )
         content = {name: asdict(split) for name, split in splits.items()}
-        (target / PART_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        draft = target / f".{PART_FILE}.draft"  # whole or absent: the part is done when it is there
+        draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(draft, target / PART_FILE)
         for split in splits.values():
             self.stat_update("tokens", value=split.tokens, unit="task")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from catmaps.errors import UserError
 from catmaps.text import tokenizers
-from catmaps.text.build import check_target, finish, staging, train_texts
+from catmaps.text.build import check_shard_size, check_target, finish, staging, train_texts
 from catmaps.text.corpus import Reading, corpus_files, documents_in
 from catmaps.text.manifest import Manifest, splits_from
 from catmaps.text.pool import Part, pool
@@ -97,6 +97,7 @@ def make_plan(
         UserError: As `read_documents`; or the folder holds a build of something else.
     """
     check_target(out_dir, overwrite)
+    check_shard_size(tokens_per_shard)
     files = tuple((str(file.absolute()), name, file.stat().st_size) for file, name in corpus_files(paths))
     if not 1 <= tasks <= len(files):
         raise UserError(f"{tasks} tasks for {len(files)} files: a task reads whole files; choose 1 to {len(files)}")

@@ -80,10 +80,9 @@ def start(config: Config, folder: Path) -> Config:
     if config.published is not None:
         raise UserError(f"run {config.base} was imported: its network is sampled and scored, but not trained")
     sources = find_sources(config)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and (problem := damage(sources)) is not None:
-        raise UserError(
-            problem
-        )  # a damaged shard is better found now than as a strange loss; many share the work later
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1  # several processes share the reading once they have met
+    if alone and (problem := damage(sources)) is not None:
+        raise UserError(problem)  # better found now than as a strange loss
     shards = pooled(sources)
     tokenizer = tokenizers.load(shards)
     length = config.data.length

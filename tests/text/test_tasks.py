@@ -90,6 +90,8 @@ def test_every_file_belongs_to_one_task(corpus: Path, tmp_path: Path) -> None:
         plan = read_plan(planned(corpus, tmp_path / str(tasks), tasks))
         given = [file for task in range(tasks) for file in plan.files_of(task)]
         assert [name for _, name in given] == [name for _, name, _ in plan.files]
+    with pytest.raises(UserError, match="0 tokens per shard are too few"):
+        planned(corpus, tmp_path / "none", 2, tokens_per_shard=0)
     for tasks in (0, 9):
         with pytest.raises(UserError, match="choose 1 to 8"):
             planned(corpus, tmp_path / "none", tasks)
