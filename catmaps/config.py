@@ -196,6 +196,7 @@ ADDED: dict[str, Any] = {
     "family": "flow",
     "objective.final": 0.0,
     "objective.ladder": 0.0,
+    "objective.weighting": "unit",
     "training.tile_megabytes": 31,
     "network.neighbours": 0,
     "published": None,

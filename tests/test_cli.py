@@ -93,7 +93,6 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
         (["distill", "--from"], "--from needs a value"),
         (["distill", "--from", "nowhere"], "run nowhere does not exist"),
         (["distill", "--from", "nowhere", "--preset", "slow"], "no distillation preset slow"),
-        (["sample"], "Folder of a run"),
         (["sample", "nowhere"], "run nowhere does not exist"),
         (["sample", "nowhere", "--sampler", "magic"], "--sampler"),
         (["sample", "nowhere", "--num", "0"], "--num and --length must be at least 1"),

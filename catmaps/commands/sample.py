@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from catmaps.cli import parse
+from catmaps.models import DEFAULT
 
 if TYPE_CHECKING:
     from catmaps.generation import SamplingConfig
@@ -21,13 +22,14 @@ class Sample:
     """Write texts. A map jumps (renoise, 4 steps); a base is followed (euler, 64 steps), as are baselines (64 steps;
     autoregressive: one call per token). A prompt is gone on from; a text with blanks is filled in.
 
+    Example: catmaps sample
     Example: catmaps sample runs/map --steps 2 --num 4 --seed 1
     Example: catmaps sample runs/map --prompt "the king of " --tokens 64
     Example: catmaps sample runs/map --infill "the king of [[12]] was [[20]] the war"
     """
 
-    run_: tyro.conf.Positional[Path]
-    """Folder of a run."""
+    run_: tyro.conf.Positional[Path] = DEFAULT
+    """Folder of a run; `letters` comes with the package."""
     steps: int | None = None
     """Steps of the sampler: network calls (heun: 2 steps - 1)."""
     num: int = 8

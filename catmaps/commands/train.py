@@ -11,7 +11,8 @@ import tyro
 from catmaps.cli import parse
 from catmaps.config import Config, DataConfig
 from catmaps.errors import UserError
-from catmaps.model import read_config
+from catmaps.model import CONFIG, read_config
+from catmaps.models import located
 from catmaps.presets import DISTILLATIONS, PRESETS
 
 
@@ -45,12 +46,20 @@ class Resume:
 
     resume: Path
     """Folder of the run."""
+    steps: int | None = None
+    """Another number of steps in all than the run began with; the rate's decay moves with it."""
     data: Moved = field(default_factory=Moved)
     json: bool = False
     """One JSON object on stdout, the rest on stderr."""
 
     def run(self) -> dict[str, Any]:
+        from catmaps.training.train import with_steps
+
+        if not (self.resume / CONFIG).is_file() and located(self.resume) != self.resume:
+            raise UserError(f"{self.resume} comes with the package and has no checkpoints: train a run of your own")
         config = read_config(self.resume)
+        if self.steps is not None:
+            config = with_steps(config, self.resume, self.steps)
         if self.data == Moved():
             return _train(self.resume, config)
         try:

@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -109,12 +110,6 @@ def start(config: Config, folder: Path) -> Config:
     return config
 
 
-def _write_config(config: Config, folder: Path) -> None:
-    draft = folder / f".{CONFIG}.draft"  # other processes wait for the finished file
-    draft.write_text(to_json(config), encoding="utf-8")
-    os.replace(draft, folder / CONFIG)
-
-
 def restart(config: Config, folder: Path) -> Config:
     """As `start`, but a run that was begun with the same configuration is left as it is, to be gone on with.
 
@@ -133,6 +128,38 @@ def restart(config: Config, folder: Path) -> Config:
                 f"{folder} was begun with {name} {other[name]}, not {own[name]}: use the same options or another --out"
             )
     return begun
+
+
+def with_steps(config: Config, folder: Path, steps: int) -> Config:
+    """Gives a begun run another number of steps, in its config.json (process 0); the rate follows `optim.rate`.
+
+    Raises:
+        UserError: Fewer steps than the last checkpoint has, or none; or the run's data are a mixture, whose order is
+            laid out for its number of steps.
+    """
+    from catmaps.training.callbacks import record
+    from catmaps.training.checkpoints import complete
+
+    done = max((step for step, _ in complete(folder / CHECKPOINTS)), default=0)
+    if steps < max(1, done):
+        raise UserError(f"{folder} has made {done} steps already: --steps must be at least as many")
+    if config.data.mixture and steps != config.training.steps:
+        raise UserError(f"{folder} reads a mixture, which is laid out for {config.training.steps} steps: keep them")
+    config = replace(config, training=replace(config.training, steps=steps))
+    if int(os.environ.get("RANK", "0")) == 0:
+        _write_config(config, folder)
+        record(folder, done, "steps changed", steps=steps)
+    for _ in range(600):  # other processes wait for the first
+        if read_config(folder) == config:
+            return config
+        time.sleep(0.1)
+    raise UserError(f"process 0 has not written {folder / CONFIG} within a minute")
+
+
+def _write_config(config: Config, folder: Path) -> None:
+    draft = folder / f".{CONFIG}.draft"  # other processes wait for the finished file
+    draft.write_text(to_json(config), encoding="utf-8")
+    os.replace(draft, folder / CONFIG)
 
 
 def _networks(config: Config, folder: Path, sources: tuple[Source, ...]) -> tuple[Network, Network, Network | None]:

@@ -27,7 +27,7 @@ from catmaps.text.tokenizers import ByteTokenizer, Text8Tokenizer
 from catmaps.training import loader, sources
 from catmaps.training.callbacks import MetricsCallback
 from catmaps.training.sources import damage, find_shards, find_sources, train_counts
-from catmaps.training.train import _validation, train
+from catmaps.training.train import _validation, train, with_steps
 
 Row = tuple[int, ...]
 
@@ -172,6 +172,8 @@ def test_two_then_one_then_two_processes_are_one(tmp_path: Path, shards: Path, o
     for folder in folders.values():
         assert train(folder, stop_after=13).step == 13
     run(train_on_record, 2, *(Job(folder) for folder in folders.values()))
+    with pytest.raises(UserError, match="reads a mixture, which is laid out for 20 steps"):
+        with_steps(configs["mixed"], folders["mixed"], 30)
     for name, config in configs.items():
         whole = trained(config, tmp_path / f"{name}-whole")
         assert len(losses(folders[name])) == 20

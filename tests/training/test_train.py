@@ -5,7 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -289,3 +289,15 @@ def test_a_batch_must_divide_among_the_processes(shards: Path, monkeypatch: pyte
     monkeypatch.setattr("catmaps.training.loader.get_world_size", lambda: 3)
     with pytest.raises(UserError, match=r"training\.batch 16 is not a multiple of the 3 processes"):
         make_loader(tiny(shards), find_sources(tiny(shards)))
+
+
+@pytest.mark.parametrize("weighting", ["likelihood", "snr", "learned", "inverse_variance"])
+def test_weighted_times_train_and_resume_to_the_bit(tmp_path: Path, shards: Path, weighting: Any) -> None:
+    config = tiny(shards, steps=60)
+    config = replace(config, objective=replace(config.objective, weighting=weighting))
+    halves = began(config, tmp_path / "halves")
+    train(halves, stop_after=40)
+    assert train(halves).complete
+    whole = trained(config, tmp_path / "whole")
+    assert losses(halves).tolist() == losses(whole).tolist()
+    assert losses(whole).tolist() != losses(trained(tiny(shards, steps=60), tmp_path / "unit")).tolist()
