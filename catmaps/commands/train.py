@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from catmaps.cli import parse
-from catmaps.config import Config
+from catmaps.config import Config, DataConfig
 from catmaps.errors import UserError
 from catmaps.model import CONFIG, read_config
 from catmaps.models import located
@@ -31,6 +31,16 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Moved:
+    """Where the data of a run lie now."""
+
+    shards: str | None = None
+    """Directory or URL of the run's token shards, if they were moved; the run remembers it."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """The same for a mixture: its directories in their order, with their weights."""
+
+
+@dataclass(frozen=True)
 class Resume:
     """Continue a run from its last checkpoint."""
 
@@ -38,6 +48,7 @@ class Resume:
     """Folder of the run."""
     steps: int | None = None
     """Another number of steps in all than the run began with; the rate's decay moves with it."""
+    data: Moved = field(default_factory=Moved)
     json: bool = False
     """One JSON object on stdout, the rest on stderr."""
 
@@ -49,7 +60,13 @@ class Resume:
         config = read_config(self.resume)
         if self.steps is not None:
             config = with_steps(config, self.resume, self.steps)
-        return _train(self.resume, config)
+        if self.data == Moved():
+            return _train(self.resume, config)
+        try:
+            data = replace(config.data, shards=self.data.shards, mixture=self.data.mixture)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return _train(self.resume, replace(config, data=data), data)
 
 
 @dataclass(frozen=True)
@@ -145,10 +162,10 @@ def _wait_for(folder: Path) -> None:
     raise UserError(f"process 0 made no {folder} within five minutes")
 
 
-def _train(folder: Path, config: Config) -> dict[str, Any]:
+def _train(folder: Path, config: Config, data: DataConfig | None = None) -> dict[str, Any]:
     from catmaps.training.train import train
 
-    outcome = train(folder)
+    outcome = train(folder, data=data)
     kind = config.family if config.family != "flow" else "map" if config.objective.off_diagonal else "base"
     if outcome.complete:
         print(f"{kind} trained: {folder} ({outcome.step} steps). Next: catmaps sample {folder}")
