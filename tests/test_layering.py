@@ -24,6 +24,9 @@ OPTIONAL = {
     "starlette",
     "pydantic",
     "uvicorn",
+    "tensorboard",
+    "trackio",
+    "wandb",
 }  # extras: a bare install must import every module
 WRAPPERS = {"hub/modeling.py", "hub/generating.py"}  # transformers' classes: imported by users of transformers alone
 PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}

@@ -34,6 +34,7 @@ from catmaps.text import tokenizers
 from catmaps.text.build import ensure_embedded
 from catmaps.text.manifest import MANIFEST_FILE, load_manifest
 from catmaps.text.shards import sequences, token_counts, verify
+from catmaps.training import tracking
 
 BEGUN = ".begun"  # while a folder is being made
 START_LAW = "start_clock.safetensors"
@@ -71,7 +72,7 @@ def start(config: Config, folder: Path) -> Config:
     """Makes the folder of a new run, with its configuration, tokenizer, data manifest and, if distilled, teacher.
 
     Raises:
-        UserError: The folder exists or cannot be made, or data and base do not fit.
+        UserError: The folder exists or cannot be made, data and base do not fit, or a tracker is not installed.
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(
@@ -79,6 +80,7 @@ def start(config: Config, folder: Path) -> Config:
         )
     if config.published is not None:
         raise UserError(f"run {config.base} was imported: its network is sampled and scored, but not trained")
+    tracking.require(config.tracking)
     shards = find_shards(config)
     verify(shards)  # hashes too, once: a damaged shard is better found now than as a strange loss
     tokenizer = tokenizers.load(shards)
@@ -213,6 +215,7 @@ def train(folder: Path, *, stop_after: int | None = None) -> Outcome:
     from catmaps.training.processes import join_processes, losing_peers
 
     config = read_config(folder)
+    tracking.require(config.tracking)
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
     with losing_peers(folder):
@@ -224,7 +227,7 @@ def _fit(config: Config, folder: Path, stop_after: int | None) -> Outcome:
     from olmo_core.distributed.utils import get_rank, get_world_size
     from olmo_core.train import Duration, TrainerConfig
 
-    from catmaps.training.callbacks import MetricsCallback, StragglerCallback, record
+    from catmaps.training.callbacks import MetricsCallback, StragglerCallback, TrackingCallback, record
     from catmaps.training.checkpoints import CheckpointCallback, Checkpointer, verify_latest
     from catmaps.training.module import FlowTrainModule
 
@@ -233,7 +236,8 @@ def _fit(config: Config, folder: Path, stop_after: int | None) -> Outcome:
     latest = verify_latest(folder / CHECKPOINTS)
     module = FlowTrainModule(config, *_networks(config, folder, shards), read_law(folder / START_LAW))
     module.source = folder / CHECKPOINTS / f"step{latest}"
-    metrics = MetricsCallback(folder=folder)
+    tracked = TrackingCallback(config=config, folder=folder)
+    metrics = MetricsCallback(folder=folder, tracking=tracked)
     trainer = TrainerConfig(
         save_folder=str(folder / CHECKPOINTS),
         work_dir=str(folder / CHECKPOINTS / "work"),
@@ -246,6 +250,7 @@ def _fit(config: Config, folder: Path, stop_after: int | None) -> Outcome:
         callbacks={
             "checkpointer": CheckpointCallback(folder, config),
             "metrics": metrics,
+            "tracking": tracked,
             "stragglers": StragglerCallback(folder=folder),
             "validation": _validation(config, shards, metrics),
         },
