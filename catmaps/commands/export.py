@@ -15,8 +15,6 @@ class Export:
     modules of `AutoModel.from_pretrained(DIR, trust_remote_code=True)`, which need catmaps installed.
 
     `catmaps sample` and `catmaps score` take the directory in place of the run.
-
-    Example: catmaps export runs/map --out my-map
     """
 
     run_: tyro.conf.Positional[Path]

@@ -1,4 +1,4 @@
-"""Trackers get the rows of metrics.jsonl: read back from TensorBoard's event files, wandb's and Trackio's own stores."""
+"""Trackers get the rows of metrics.jsonl, as read back from the files and stores of TensorBoard, wandb and Trackio."""
 
 import json
 import sqlite3
