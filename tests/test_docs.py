@@ -1,6 +1,6 @@
 """Documentation: every `catmaps` command in it is one that the command line takes; the tutorial's are run, in order."""
 
-import importlib
+import importlib.util
 import os
 import re
 import shlex
@@ -111,6 +111,21 @@ def test_commands_are_found_in_all_their_forms(tmp_path: Path) -> None:
         ["train", "small"],
         ["plan", "1.7b", "--gpus", "2"],
     ]
+
+
+def test_the_site_builds_strictly_and_needs_no_other(tmp_path: Path) -> None:
+    if importlib.util.find_spec("mkdocs") is None or importlib.util.find_spec("mkdocstrings") is None:
+        pytest.skip("needs the extra docs")
+    site = tmp_path / "site"
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)]
+    surroundings = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(build, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    pages = {page.relative_to(site).as_posix(): page.read_text(encoding="utf-8") for page in site.rglob("*.html")}
+    assert {"index.html", "tutorial.html", "concepts.html", "api/flow.html"} <= pages.keys()
+    assert "catmaps.flow.flow_map.FlowMap.jump" in pages["api/flow.html"]
+    fetched = r'<(?:script|img|link|iframe)[^>]+(?:src|href)="?(?:https?:)?//'
+    assert [name for name, page in pages.items() if re.search(fetched, page)] == []
 
 
 SMALL = """\
