@@ -100,9 +100,11 @@ class Trackio:
         self._run.log(row, step=step)
 
     def close(self, failed: bool) -> None:
+        import trackio
+
         del failed
         with contextlib.redirect_stdout(sys.stderr):
-            self._run.finish()
+            trackio.finish()  # a run that is finished by itself is finished again, and on stdout, when Python ends
 
 
 TRACKERS: dict[str, Callable[[Config, Path, int], Tracker]] = {

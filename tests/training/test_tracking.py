@@ -1,5 +1,6 @@
 """Trackers get the rows of metrics.jsonl, as read back from the files and stores of TensorBoard, wandb and Trackio."""
 
+import importlib.util
 import json
 import sqlite3
 from dataclasses import replace
@@ -53,8 +54,7 @@ def event_files(folder: Path) -> Points:
 
 def wandb_records(file: Path) -> list[Any]:
     """The records of a .wandb file, a log as LevelDB's: blocks of 32 KiB, each piece behind crc, length and kind."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
+    Record = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
     data, at, whole, records = file.read_bytes(), 7, b"", []
     while at + 7 <= len(data):
         if 2**15 - at % 2**15 < 7:  # the rest of a block is padding
@@ -118,7 +118,7 @@ def test_wandb_offline(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_trackio_on_this_machine(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if tracking.importlib.util.find_spec("trackio") is None:
+    if importlib.util.find_spec("trackio") is None:
         pytest.skip("trackio is not installed")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when the package is loaded, which is here
     folder = began(tracked(shards, "trackio"), tmp_path / "run")
@@ -130,6 +130,7 @@ def test_trackio_on_this_machine(tmp_path: Path, shards: Path, monkeypatch: pyte
     assert points((step, json.loads(row)) for step, row, _, _ in rows) == on_record(folder)
     assert {name for _, _, name, _ in rows} == {f"run-{tracking.identity(folder)}"}
     assert len({which for *_, which in rows}) == 1
+    assert importlib.import_module("trackio.context_vars").current_run.get() is None  # else it prints at the very end
 
 
 @pytest.mark.parametrize("to", ["tensorboard", "wandb", "trackio"])
