@@ -23,7 +23,7 @@ $(VENV)/.train: pyproject.toml $(VENV)/.torch
 	touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.train
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[train,report,data,eval,serve,track,docs,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[train,report,scale,eval,serve,track,docs,dev]"
 	touch $@
 
 install: $(VENV)/.train

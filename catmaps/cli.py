@@ -69,6 +69,7 @@ COMMANDS = {
         "write texts: catmaps sample RUN --steps 4 --num 8",
         "sample",
         (
+            "sample",
             "sample runs/map --steps 2 --num 4 --seed 1",
             "sample runs/map --prompt 'the king of ' --tokens 64",
             "sample runs/map --infill 'the king of [[12]] was [[20]] the war'",
@@ -79,6 +80,7 @@ COMMANDS = {
         "bound the likelihood of text: catmaps score RUN FILE | --split test",
         "score",
         (
+            "score novel.txt",
             "score runs/base novel.txt",
             "score runs/base --split test --windows 1024 --compile",
             "score runs/base - --lines --out scores.jsonl < lines.txt",
@@ -118,6 +120,11 @@ COMMANDS = {
             "plan 1.7b --gpus 64 --simulate",
         ),
     ),
+    "study": Entry(
+        "a grid of small trainings, compared: catmaps study run|report FOLDER",
+        "study",
+        ("study run studies/clock", "study report studies/clock"),
+    ),
     "info": Entry("what a run is: catmaps info RUN", "info", ("info runs/map", "info 1.7b --vocabulary 50304")),
     "data": Entry(
         "token shards from your text: catmaps data build PATH... --out DIR",
@@ -132,7 +139,7 @@ COMMANDS = {
     "export": Entry(
         "a directory for Hugging Face: catmaps export RUN --out DIR",
         "export",
-        ("export runs/map --out my-map", "sample my-map --num 4"),
+        ("export runs/map --out my-map", "export runs/map --out my-map --format run --half", "sample my-map --num 4"),
     ),
     "import": Entry(
         "a published checkpoint as a run: catmaps import SOURCE --format flm --out RUN",

@@ -4,6 +4,7 @@ On the command line every field is `--part.field value`. Named configurations ar
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -20,7 +21,10 @@ class DataConfig:
     """What is read."""
 
     shards: str | None = None
-    """Directory of token shards (`catmaps data build`); None: the embedded public-domain corpus."""
+    """Directory of token shards (`catmaps data build`), or the URL of one (s3://, gs://, https://); None: the embedded
+    public-domain corpus."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Directories of token shards with their weights, in place of `shards`: web 0.7 books 0.3."""
     tokenizer: str = "text8"
     """Of the embedded corpus: text8 (27 symbols), bytes, bpe:4096, or a tokenizer.json. Own shards bring theirs."""
     length: int = 128
@@ -29,6 +33,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.length < 1:
             raise ValueError(f"data.length must be at least 1, not {self.length}")
+        if self.mixture and self.shards is not None:
+            raise ValueError("data.shards and data.mixture exclude each other: give one of them")
+        for place, weight in self.mixture.items():
+            if not 0 < weight < math.inf:
+                raise ValueError(f"data.mixture: the weight of {place} must be positive, not {weight}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,9 +203,11 @@ class Config:
 
 T = TypeVar("T")
 ADDED: dict[str, Any] = {
+    "data.mixture": {},
     "family": "flow",
     "objective.final": 0.0,
     "objective.ladder": 0.0,
+    "objective.weighting": "unit",
     "training.tile_megabytes": 31,
     "network.neighbours": 0,
     "published": None,
@@ -278,6 +289,10 @@ def _value(kind: Any, value: Any, name: str) -> Any:
         if value in get_args(kind):
             return value
         raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}")
+    if get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} must be an object, not {value!r}")
+        return {key: _value(get_args(kind)[1], item, f"{name}.{key}") for key, item in value.items()}
     wanted = (int, float) if kind is float else kind
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{name} must be of type {getattr(kind, '__name__', kind)}, not {value!r}")

@@ -1,9 +1,9 @@
 """Puts a denoiser together from its parts, and reads and writes the folder of a run.
 
 A run's folder holds config.json, tokenizer.json, model.safetensors (moving average of the weights), clock.safetensors
-(the law of time it trained with), manifest.json (of its data), metrics.jsonl, events.jsonl (what happened besides
-steps), and checkpoints/, which only `--resume` reads. A distilled run also keeps teacher.safetensors, so that it can be
-resumed wherever it is moved to.
+(the law of time it trained with), manifest.json (of its data), metrics.jsonl, bins.jsonl (a flow's figures over
+the clock), events.jsonl (what happened besides steps), and checkpoints/, which only `--resume` reads. A distilled run
+also keeps teacher.safetensors, so that it can be resumed wherever it is moved to.
 """
 
 import json
@@ -28,6 +28,7 @@ from catmaps.flow.evidence import OffDiagonalGain, TimeFeatures
 from catmaps.flow.flow_map import FlowMap
 from catmaps.flow.likelihood import Bound, nelbo
 from catmaps.flow.times import Law
+from catmaps.models import located, names
 from catmaps.network.denoiser import FlowNetwork, NetworkConfig
 from catmaps.network.published import PublishedConfig, PublishedNetwork
 from catmaps.network.tokens import Flow, Network, TokenNetwork
@@ -37,7 +38,7 @@ from catmaps.text.tokenizers import load as load_tokenizer
 from catmaps.tiles import Fusion
 
 CONFIG, MODEL, CLOCK, TEACHER = "config.json", "model.safetensors", "clock.safetensors", "teacher.safetensors"
-METRICS, EVENTS, CHECKPOINTS = "metrics.jsonl", "events.jsonl", "checkpoints"
+METRICS, EVENTS, BINS, CHECKPOINTS = "metrics.jsonl", "events.jsonl", "bins.jsonl", "checkpoints"
 HUB_PREFIX = "network."  # of the names of weights in an exported directory
 Device = torch.device | None
 PRECISION = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -188,11 +189,12 @@ class Run:
 
 
 def read_config(path: Path) -> Config:
-    """The configuration of a run's folder, or of an exported directory.
+    """The configuration of a run's folder, of an exported directory or of a model of the package.
 
     Raises:
         UserError: No such folder, or not a run.
     """
+    path = located(path)
     return from_json(_config_text(path), str(path / CONFIG))
 
 
@@ -200,16 +202,18 @@ def _config_text(path: Path) -> str:
     file = path / CONFIG
     if not file.is_file():
         what = "is not a run (no config.json)" if path.is_dir() else "does not exist"
-        raise UserError(f"run {path} {what}; train one with `catmaps train PRESET --out {path}`")
+        packaged = f"; with the package come {', '.join(names())}" if names() else ""
+        raise UserError(f"run {path} {what}; train one with `catmaps train PRESET --out {path}`{packaged}")
     return file.read_text(encoding="utf-8", errors="replace")
 
 
 def load_run(path: Path) -> Run:
-    """Reads a run, or an exported directory, for sampling and scoring, in evaluation mode.
+    """Reads a run, an exported directory or a model of the package, for sampling and scoring, in evaluation mode.
 
     Raises:
         UserError: Missing, damaged or mismatched files, named.
     """
+    path = located(path)
     config = read_config(path)
     tokenizer = load_tokenizer(path)
     network = network_of(config, torch.zeros(tokenizer.vocab_size))
@@ -256,9 +260,9 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def must_match(own: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...]], file: Path) -> None:
     """UserError naming the first of the stored tensors that is missing, unknown or of another shape."""
-    for what, names in (("misses", set(own) - set(stored)), ("has unknown", set(stored) - set(own))):
-        if names:
-            raise UserError(f"{file} {what} {min(names)} ({len(names)} in all): it is of another configuration")
+    for what, odd in (("misses", set(own) - set(stored)), ("has unknown", set(stored) - set(own))):
+        if odd:
+            raise UserError(f"{file} {what} {min(odd)} ({len(odd)} in all): it is of another configuration")
     for name, shape in stored.items():
         if shape != own[name]:
             shapes = f"{shape} instead of {own[name]}"
@@ -270,6 +274,12 @@ def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     draft = file.with_name(f".{file.name}.draft")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft)
     os.replace(draft, file)
+
+
+def halved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices in bf16, as products use them; norms, gains, clocks and biases as they are."""
+    matrices = {name for name, t in tensors.items() if t.dtype == torch.float32 and t.ndim == 2 and min(t.shape) > 16}
+    return {name: t.bfloat16() if name in matrices else t for name, t in tensors.items()}
 
 
 def write_law(law: Law, file: Path) -> None:

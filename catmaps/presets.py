@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from catmaps.config import Config, DataConfig, OptimiserConfig, ParallelConfig, TrainingConfig
+from catmaps.errors import UserError
 from catmaps.flow.objective import ObjectiveConfig
+from catmaps.model import read_config
 from catmaps.network.denoiser import NetworkConfig
 
 
@@ -91,3 +94,22 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "1.7b": p1700m,
 }
 DISTILLATIONS: dict[str, Callable[[Config], Config]] = {"distill": distill, "quickstart": distill_quickstart}
+
+
+def distilled(source: str, preset: str) -> Config:
+    """The configuration that distils a run by a preset.
+
+    Raises:
+        UserError: No such preset or run, or a run that cannot be distilled.
+    """
+    if preset not in DISTILLATIONS:
+        raise UserError(f"no distillation preset {preset}; there are {', '.join(DISTILLATIONS)}")
+    base = read_config(Path(source))
+    if base.family != "flow":
+        raise UserError(f"run {source} is of family {base.family}: only a flow can be distilled into a map")
+    return replace(DISTILLATIONS[preset](base), base=source, preset=preset)
+
+
+def keeps_its_base(config: Config, base: Config) -> bool:
+    """Whether a map reads and writes as its base does: with its network, on its alphabet."""
+    return (config.network, config.data.tokenizer) == (base.network, base.data.tokenizer)

@@ -1,9 +1,6 @@
 """What all studies share: trainings in parallel one-core processes, and records that say where figures come from."""
 
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -14,19 +11,11 @@ from typing import Any, TypeVar
 
 import torch
 
+from catmaps.studies.results import machine
+
 RESULTS = Path(__file__).parent / "results"
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores, versions and commit."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    return {"processor": model, "cores": os.cpu_count(), "commit": commit, **versions}
 
 
 def record(name: str, figures: dict[str, Any]) -> Path:

@@ -7,30 +7,37 @@ keeps of them, which is the same for every backend. Bars: FLOPs within 3%, saved
 
 import argparse
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from common import record
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from catmaps.config import Config, DataConfig, TrainingConfig
+from catmaps.config import Config, DataConfig, ParallelConfig, TrainingConfig
 from catmaps.flow.flow_map import FlowMap
 from catmaps.flow.objective import ObjectiveConfig, batch_loss
 from catmaps.flow.objective import plan as draw
 from catmaps.flow.times import uniform
 from catmaps.model import build_network, configure
 from catmaps.network.denoiser import FlowNetwork, NetworkConfig, uniform_log_prior
-from catmaps.training.memory import trunk_bytes
+from catmaps.training.memory import Memory, trunk_bytes
+from catmaps.training.objectives import objective_of
+from catmaps.training.parallelize import device_mesh, sharded_network
 from catmaps.training.planner import HARDWARE, Cluster, plan
-from catmaps.training.shapes import low_precision_copies
+from catmaps.training.shapes import Number, low_precision_copies
 
 BATCH = 4
+WORLDS = (2, 8)
 
 
 class Size(NamedTuple):
@@ -80,6 +87,25 @@ class Live(TorchDispatchMode):
     def _freed(self, key: int) -> None:
         self.now -= self.known.pop(key, 0)
 
+    @contextmanager
+    def resizes(self) -> Iterator[None]:
+        """Within, it also sees storages that are emptied and filled again, as FSDP does with what it gathers."""
+        plain = torch.UntypedStorage.resize_
+
+        def resize(storage: torch.UntypedStorage, size: int) -> Any:
+            before, key = storage.nbytes(), storage._cdata
+            out = plain(storage, size)
+            if key not in self.known:
+                weakref.finalize(storage, self._freed, key)
+                before = 0
+            self.known[key] = size
+            self.now += size - before
+            self.peak = max(self.peak, self.now)
+            return out
+
+        with patch.object(torch.UntypedStorage, "resize_", resize):
+            yield
+
 
 def configuration(size: Size, objective: ObjectiveConfig, distilled: bool) -> Config:
     return Config(
@@ -118,8 +144,7 @@ def one(size: Size, objective: ObjectiveConfig, distilled: bool) -> dict[str, fl
     with live:
         step(size, objective, distilled)()
     flops = counter.get_total_flops() / (BATCH * size.length)
-    memory = made.memory
-    peak = memory.gradients + memory.copies + memory.activations + memory.working + memory.head_gradient + memory.tile
+    peak = in_passes(made.memory)
     planned = made.flops_per_token - muon_share(made)
     return {
         "flops_per_token": flops,
@@ -129,6 +154,40 @@ def one(size: Size, objective: ObjectiveConfig, distilled: bool) -> dict[str, fl
         "peak_planned": peak,
         "peak_ratio": round(peak / live.peak, 3),
     }
+
+
+def sharded(size: Size, objective: ObjectiveConfig, distilled: bool, world: int) -> dict[str, float]:
+    """Peak bytes of a step of one process among `world` that share a copy, planned and measured.
+
+    The others are torch's fake process group: what is gathered has no meaning, but takes its place.
+    """
+    config = replace(configuration(size, objective, distilled), parallel=ParallelConfig(strategy="fsdp"))
+    config = replace(config, training=replace(config.training, batch=BATCH * world, micro_batch=BATCH))
+    cluster = Cluster(hardware=HARDWARE["cpu"], gpus=world, shard=world)
+    memory = plan(config, size.vocabulary, cluster).memory
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    try:
+        mesh = device_mesh(config.parallel, torch.device("cpu"))
+        assert mesh is not None
+        prior = uniform_log_prior(size.vocabulary)
+        nets = [sharded_network(config, prior, mesh, drawn=True) for _ in range(2)]
+        teacher = nets[1].requires_grad_(False) if distilled else None
+        batch = objective_of(config, nets[0], teacher).batch(uniform(), BATCH * world, size.length, (0, 0))
+        tokens, index = torch.randint(size.vocabulary, (BATCH, size.length)), torch.arange(BATCH) * world
+        live = Live()
+        with live, live.resizes():
+            for _ in range(2):  # the second micro-batch adds to the gradients of the first
+                batch.loss(tokens, index, torch.arange(BATCH * world)).total.backward()
+    finally:
+        dist.destroy_process_group()
+    peak = in_passes(memory)
+    return {"peak_bytes": live.peak, "peak_planned": peak, "peak_ratio": round(peak / live.peak, 3)}
+
+
+def in_passes(memory: Memory) -> Number:
+    """What the forward and backward passes of a step add to weights, average, teacher and optimiser."""
+    held = memory.weights + memory.average + memory.teacher + memory.optimiser + memory.reduction
+    return memory.total(False) - held
 
 
 def muon_share(made: Any) -> float:
@@ -190,7 +249,11 @@ def main() -> None:
     for length, precision, compiled in product((128, 640), (torch.float32, torch.bfloat16), (False, True)):
         name = f"length {length}, {str(precision)[6:]}, {'compiled' if compiled else 'eager'}"
         trunk[name] = shown(name, activations(SIZES["symbols"], length, precision, compiled))
-    print(record("planner", {"steps": steps, "trunk": trunk}))
+    shares: dict[str, dict[str, float]] = {}
+    for where, what, world in product(SIZES, MIXTURES, WORLDS):
+        name = f"{where}, {what}, one of {world}"
+        shares[name] = shown(name, sharded(SIZES[where], *MIXTURES[what], world))
+    print(record("planner", {"steps": steps, "trunk": trunk, "sharded": shares}))
 
 
 if __name__ == "__main__":

@@ -93,7 +93,6 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
         (["distill", "--from"], "--from needs a value"),
         (["distill", "--from", "nowhere"], "run nowhere does not exist"),
         (["distill", "--from", "nowhere", "--preset", "slow"], "no distillation preset slow"),
-        (["sample"], "Folder of a run"),
         (["sample", "nowhere"], "run nowhere does not exist"),
         (["sample", "nowhere", "--sampler", "magic"], "--sampler"),
         (["sample", "nowhere", "--num", "0"], "--num and --length must be at least 1"),
@@ -111,6 +110,10 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
         (["data", "build", "nowhere", "--out", "shards"], "nowhere does not exist"),
         (["data", "build", ".", "--out", "shards"], "holds no file to read"),
         (["data", "build", "nowhere"], "--out"),
+        (["data", "build", ".", "--out", "shards", "--tasks", "2"], "--executor local or slurm"),
+        (["data", "build", ".", "--out", "shards", "--executor", "local", "--workers", "0"], "--workers must be"),
+        (["data", "task", "nowhere", "--task", "0"], "nowhere holds no planned build"),
+        (["data", "join", "nowhere", "--out", "shards"], "nowhere holds no planned build"),
     ],
 )
 def test_mistakes_cost_one_line(

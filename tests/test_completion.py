@@ -11,6 +11,7 @@ import pytest
 from catmaps.cli import COMMANDS, main
 from catmaps.commands import completion
 from catmaps.commands.completion import APART, options
+from catmaps.presets import PRESETS
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_options_and_their_values_are_those_of_help(name: str, capsys: pytest.Ca
     [
         ("catmaps tra", ["train"]),
         ("catmaps --v", ["--version"]),
-        ("catmaps train ", ["tiny", "small", "quickstart", "130m", "400m", "1.7b"]),
+        ("catmaps train ", [*PRESETS]),
         ("catmaps train --resu", ["--resume"]),
         ("catmaps train tiny --clock.", ["--clock.law", "--clock.adaptive"]),
         ("catmaps train tiny --clock.law lo", ["logit_normal"]),

@@ -18,6 +18,7 @@ FIRST: dict[str, Values] = {
     "plan": tuple(PRESETS),
     "info": tuple(PRESETS),
     "data": ("build",),
+    "study": ("run", "report"),
     "completion": ("bash", "zsh", "fish"),
 }
 """Words that may follow a command at once; where there are none, and beside those of plan and info, files may."""

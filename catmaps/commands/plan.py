@@ -134,10 +134,10 @@ def _vocabulary(source: Path, default: Config, options: Options) -> int:
         from catmaps.text.tokenizers import load
 
         return load(source).vocab_size
-    if data.shards is not None:
-        from catmaps.text.manifest import load_manifest
+    if data.shards is not None or data.mixture:
+        from catmaps.training.sources import find_sources
 
-        return load_manifest(Path(data.shards)).vocab_size
+        return find_sources(options.config)[0].manifest.vocab_size
     if data.tokenizer == default.data.tokenizer and data.tokenizer.startswith("bpe:"):
         return NOMINAL  # a large preset: its own tokenizer is only what the embedded corpus can feed
     if data.tokenizer.startswith("bpe:") and data.tokenizer[4:].isdecimal():

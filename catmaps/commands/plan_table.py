@@ -39,7 +39,8 @@ Rows = list[tuple[str, str, str]]
 def _head(made: "Plan") -> Rows:
     cluster, config, count = made.cluster, made.config, made.parameters
     shared = f"state sharded over {made.shard}" if made.shard > 1 else "a replica on each"
-    parts = ", ".join(f"{f.name} {number(getattr(count, f.name)).strip()}" for f in fields(count))
+    there = {f.name: getattr(count, f.name) for f in fields(count) if getattr(count, f.name)}
+    parts = ", ".join(f"{name} {number(value).strip()}" for name, value in there.items())
     batch = f"{config.training.batch:,} sequences of {made.shape.length:,}"
     each = f"{batch}; a device makes {made.sequences} in {made.passes} x {made.micro_batch}"
     return [

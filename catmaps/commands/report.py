@@ -17,7 +17,7 @@ class Report:
     run_: tyro.conf.Positional[Path]
     """Folder of a run."""
     out: Path | None = None
-    """File to write; default: report.html in the run's folder."""
+    """File to write; default: report.html in the run's folder, or here for a model of the package."""
     num: int = 512
     """Samples per number of calls."""
     texts: int = 32
@@ -40,17 +40,19 @@ class Report:
         from catmaps.evaluation.collect import collect
         from catmaps.evaluation.report import write_report
         from catmaps.model import load_run
+        from catmaps.models import is_packaged, located
         from catmaps.training.train import cache_folder, find_shards
 
         if not self.calls or min(self.calls) < 1 or self.num < 1 or self.texts < 1 or self.windows < 2:
             raise UserError("--calls, --num and --texts must be at least 1, --windows at least 2")
         run = load_run(self.run_)
         origin = self.base or (Path(run.config.base) if run.config.base else None)
-        base = load_run(origin) if origin is not None and (self.base is not None or origin.exists()) else None
+        there = origin is not None and (self.base is not None or located(origin).exists())
+        base = load_run(origin) if origin is not None and there else None
         shards = find_shards(run.config)
         counts = {"num": self.num, "num_texts": self.texts, "windows": self.windows, "calls": self.calls}
         data, bound = collect(run, base, shards, cache_folder(), **counts)
-        out = self.out or self.run_ / "report.html"
+        out = self.out or (Path() if is_packaged(run.path) else run.path) / "report.html"
         write_report(out, data)
         rows = {f"{row.series}, {row.calls} calls": row.quality for row in data.rows}
         # The console is made here: stdout may be redirected while the command runs.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from catmaps.cli import parse
+from catmaps.models import DEFAULT
 
 if TYPE_CHECKING:
     from catmaps.generation import SamplingConfig
@@ -22,8 +23,8 @@ class Sample:
     autoregressive: one call per token). A prompt is gone on from; a text with blanks is filled in.
     """
 
-    run_: tyro.conf.Positional[Path]
-    """Folder of a run."""
+    run_: tyro.conf.Positional[Path] = DEFAULT
+    """Folder of a run; `letters` comes with the package."""
     steps: int | None = None
     """Steps of the sampler: network calls (heun: 2 steps - 1)."""
     num: int = 8

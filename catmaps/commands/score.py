@@ -1,13 +1,14 @@
 """`catmaps score`."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from catmaps.cli import parse
+from catmaps.models import BASE
 
 if TYPE_CHECKING:
     from catmaps.model import Run
@@ -26,8 +27,8 @@ class Score:
     All bounds score the diagonal: the base, sampled ancestrally. The few-step push-forward of a map has no tight bound.
     """
 
-    run_: tyro.conf.Positional[Path]
-    """Folder of a run."""
+    run_: tyro.conf.Positional[Path] = BASE
+    """Folder of a run; `letters-base` comes with the package, and is taken where a file comes first."""
     files: tyro.conf.Positional[tuple[Path, ...]] = ()
     """UTF-8 text files, each one text; - is standard input."""
     split: Literal["train", "valid", "test"] | None = None
@@ -214,4 +215,8 @@ def _tensor(rows: Any) -> Any:
 
 
 def read(name: str, args: list[str]) -> Score:
-    return parse(Score, args, f"catmaps {name}")
+    command: Score = parse(Score, args, f"catmaps {name}")
+    first = command.run_
+    if first == Path("-") or first.is_file():  # a run is a folder: this is the first text
+        return replace(command, run_=BASE, files=(first, *command.files))
+    return command

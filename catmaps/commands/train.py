@@ -9,10 +9,11 @@ from typing import Annotated, Any
 import tyro
 
 from catmaps.cli import parse
-from catmaps.config import Config
+from catmaps.config import Config, DataConfig
 from catmaps.errors import UserError
-from catmaps.model import read_config
-from catmaps.presets import DISTILLATIONS, PRESETS
+from catmaps.model import CONFIG, read_config
+from catmaps.models import located
+from catmaps.presets import DISTILLATIONS, PRESETS, distilled, keeps_its_base
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,42 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Moved:
+    """Where the data of a run lie now."""
+
+    shards: str | None = None
+    """Directory or URL of the run's token shards, if they were moved; the run remembers it."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """The same for a mixture: its directories in their order, with their weights."""
+
+
+@dataclass(frozen=True)
 class Resume:
     """Continue a run from its last checkpoint."""
 
     resume: Path
     """Folder of the run."""
+    steps: int | None = None
+    """Another number of steps in all than the run began with; the rate's decay moves with it."""
+    data: Moved = field(default_factory=Moved)
     json: bool = False
     """One JSON object on stdout, the rest on stderr."""
 
     def run(self) -> dict[str, Any]:
+        from catmaps.training.train import with_steps
+
+        if not (self.resume / CONFIG).is_file() and located(self.resume) != self.resume:
+            raise UserError(f"{self.resume} comes with the package and has no checkpoints: train a run of your own")
         config = read_config(self.resume)
-        return _train(self.resume, config)
+        if self.steps is not None:
+            config = with_steps(config, self.resume, self.steps)
+        if self.data == Moved():
+            return _train(self.resume, config)
+        try:
+            data = replace(config.data, shards=self.data.shards, mixture=self.data.mixture)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return _train(self.resume, replace(config, data=data), data)
 
 
 @dataclass(frozen=True)
@@ -105,14 +131,9 @@ def _read_distill(args: list[str], prog: str) -> Start:
             default = Train(config=DISTILLATIONS["distill"](Config()))
             return parse(Train, ["--help"], f"{prog} --from RUN", default)
         raise UserError(f"which base? `{prog} --from RUN`")
-    if (preset or "distill") not in DISTILLATIONS:
-        raise UserError(f"no distillation preset {preset}; there are {', '.join(DISTILLATIONS)}")
-    base = read_config(Path(source))
-    if base.family != "flow":
-        raise UserError(f"run {source} is of family {base.family}: only a flow can be distilled into a map")
-    config = replace(DISTILLATIONS[preset or "distill"](base), base=source, preset=preset or "distill")
+    config = distilled(source, preset or "distill")
     command: Train = parse(Train, rest, f"{prog} --from {source}", Train(config=config))
-    if command.config.network != base.network or command.config.data.tokenizer != base.data.tokenizer:
+    if not keeps_its_base(command.config, config):
         raise UserError("a distilled map keeps its base's network and tokenizer; leave those options out")
     default_out = Path(source).with_name(Path(source).name + "-map")
     return Start(command.config, command.out or default_out, command.json, command.restart)
@@ -141,10 +162,10 @@ def _wait_for(folder: Path) -> None:
     raise UserError(f"process 0 made no {folder} within five minutes")
 
 
-def _train(folder: Path, config: Config) -> dict[str, Any]:
+def _train(folder: Path, config: Config, data: DataConfig | None = None) -> dict[str, Any]:
     from catmaps.training.train import train
 
-    outcome = train(folder)
+    outcome = train(folder, data=data)
     kind = config.family if config.family != "flow" else "map" if config.objective.off_diagonal else "base"
     if outcome.complete:
         print(f"{kind} trained: {folder} ({outcome.step} steps). Next: catmaps sample {folder}")

@@ -5,6 +5,7 @@ micro-batches sees the same draws. Base training is the plan without off-diagona
 differ in the mixture and in the teacher alone.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -43,6 +44,8 @@ class ObjectiveConfig:
     ladder: float = 0.0
     """Share of what is left that are single steps of a sampling grid of 1, 2, 4, ... or 32 steps; lsd and ecld take
     none."""
+    weighting: Literal["unit", "likelihood", "snr", "learned", "inverse_variance"] = "unit"
+    """Of the diagonal loss by its time, beside the law of time (`flow/weighting.py`); a teacher's diagonal has unit."""
     clean: float = 0.25
     """Share of sequences with a clean prefix or span, for prompts and conditional scores."""
 
@@ -61,11 +64,13 @@ class Plan(NamedTuple):
     """(B, 1) each; s = u = t on the diagonal."""
     known: Bool[Tensor, "b l"]
     """Clean positions, which carry no loss."""
+    weight: Float[Tensor, "b 1"]
+    """What a row counts beside others."""
 
     def rows(self, index: Tensor, device: torch.device | None = None) -> "Plan":
         """The draws of some sequences, moved to a device."""
         times = Pair(*(time[index].to(device) for time in self.times))
-        return Plan(self.role[index].to(device), times, self.known[index].to(device))
+        return Plan(self.role[index].to(device), times, self.known[index].to(device), self.weight[index].to(device))
 
     def lacking(self, index: Int[Tensor, "b"], together: Int[Tensor, "n"]) -> Int[Tensor, "m"]:
         """One row of every role that is among the rows `together` but not among `index`."""
@@ -74,8 +79,17 @@ class Plan(NamedTuple):
         return torch.tensor([row for role, row in sorted(rows.items()) if role not in have], dtype=torch.long)
 
 
+Weigh = Callable[[Float[Tensor, "b"]], Float[Tensor, "b"]]
+
+
 def plan(
-    config: ObjectiveConfig, law: Law, batch: int, length: int, generator: torch.Generator, sampling: Law | None = None
+    config: ObjectiveConfig,
+    law: Law,
+    batch: int,
+    length: int,
+    generator: torch.Generator,
+    sampling: Law | None = None,
+    weigh: Weigh | None = None,
 ) -> Plan:
     """Draws roles, times (stratified over the batch) and clean positions for a global batch.
 
@@ -86,6 +100,7 @@ def plan(
         length: Tokens of a sequence.
         generator: Source of randomness, the same on every process.
         sampling: The clock of sampling grids, on which the ladder's pairs are drawn; None: `law`.
+        weigh: Weights of diagonal times; None: one.
     """
     place = (torch.arange(batch, dtype=torch.float64) + 0.5) * GOLDEN % 1
     off = place < config.off_diagonal
@@ -94,7 +109,8 @@ def plan(
     t = law.quantile(stratified(batch, generator))[:, None]
     pair = _pairs(config, law, sampling or law, anchored, generator)
     known = clean_positions(batch, length, config.clean, generator)
-    return Plan(role, Pair(*(torch.where(off[:, None], p, t) for p in pair)), known)
+    weight = torch.ones_like(t) if weigh is None else torch.where(off[:, None], 1.0, weigh(t[:, 0])[:, None])
+    return Plan(role, Pair(*(torch.where(off[:, None], p, t) for p in pair)), known, weight)
 
 
 def _pairs(
@@ -138,6 +154,8 @@ class BatchLoss(NamedTuple):
     squared_error: Float[Tensor, "n"]
     """Mean over each diagonal row's noisy positions of ||e - mu||^2; empty when the target is a teacher's."""
     diagonal_times: Float[Tensor, "n"]
+    cross_entropy: Float[Tensor, "n"]
+    """Mean loss of the same positions."""
     sums: Float[Tensor, "3"]
     counts: Float[Tensor, "3"]
 
@@ -163,11 +181,11 @@ def batch_loss(
         plan: Draws of these rows; one that is clean throughout is called like the others and counts for nothing.
         normaliser: Positive.
     """
-    weight = (~plan.known).float() / normaliser
+    weight = plan.weight * (~plan.known).float() / normaliser
     s, u, t = (torch.where(plan.known, 1.0, time) if bool(plan.known.any()) else time for time in plan.times)
     zero = torch.zeros((), device=tokens.device)
     total, sums, counts = zero, [zero] * 3, [zero] * 3
-    errors, at = zero.new_empty(0), zero.new_empty(0)
+    errors, at, entropies = (zero.new_empty(0) for _ in range(3))
     for role in (DIAGONAL, OFF_DIAGONAL_ROW, ANCHOR):
         rows = (plan.role == role).nonzero()[:, 0]
         if len(rows) == 0:
@@ -181,9 +199,11 @@ def batch_loss(
         counts[role] = noisy.sum().float()
         if loss.squared_error is not None:
             counted = noisy.any(1)
-            errors = ((loss.squared_error * noisy).sum(1) / noisy.sum(1))[counted]
+            errors, entropies = (
+                ((value * noisy).sum(1) / noisy.sum(1))[counted] for value in (loss.squared_error, loss.values)
+            )
             at = plan.times.t[rows, 0][counted]
-    return BatchLoss(total, errors, at, torch.stack(sums), torch.stack(counts))
+    return BatchLoss(total, errors, at, entropies, torch.stack(sums), torch.stack(counts))
 
 
 def _role_loss(

@@ -46,7 +46,9 @@ def _data(run: Run) -> str:
     if not (run.path / MANIFEST_FILE).is_file():
         return ""
     manifest = load_manifest(run.path)
-    corpus = "the embedded public-domain English corpus" if run.config.data.shards is None else "own text"
+    data = run.config.data
+    embedded = data.shards is None and not data.mixture
+    corpus = "the embedded public-domain English corpus" if embedded else "own text"
     train = manifest.split("train")
     return f"{corpus}: {train.documents:,} documents, {train.characters:,} characters to train on"
 

@@ -5,16 +5,21 @@ Writing needs nothing but catmaps; loading it with transformers needs the extra 
 """
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from catmaps.config import HUB_TYPE, Config
+from torch import Tensor
+
+from catmaps.config import HUB_TYPE, Config, to_json
 from catmaps.errors import UserError
 from catmaps.generation import default_sampling
 from catmaps.hub.card import model_card
-from catmaps.model import CLOCK, CONFIG, HUB_PREFIX, MODEL, Run, write_law, write_tensors
+from catmaps.model import CLOCK, CONFIG, HUB_PREFIX, METRICS, MODEL, Run, halved, write_law, write_tensors
+from catmaps.text import tokenizers
 from catmaps.text.fast import fast
+from catmaps.text.manifest import MANIFEST_FILE
 from catmaps.text.tokenizers import HuggingFaceTokenizer
 
 AUTO_MAP = {"AutoConfig": "configuration_catmaps.CatmapsConfig", "AutoModel": "modeling_catmaps.CatmapsModel"}
@@ -31,19 +36,20 @@ __all__ = ["{name}"]
 '''
 
 
-def export(run: Run, out: Path, *, licence: str | None = None) -> list[Path]:
+def export(run: Run, out: Path, *, licence: str | None = None, half: bool = False) -> list[Path]:
     """Writes the directory; returns its files.
 
     Args:
         run: A flow, a map or a baseline.
         out: A folder that is new or empty.
         licence: The Hub's name of the weights' licence, for the model card.
+        half: Matrices in bf16. They are read back into fp32.
 
     Raises:
         UserError: The folder is not empty or cannot be made.
     """
     new_folder(out)
-    write_tensors({HUB_PREFIX + name: tensor for name, tensor in run.network.state_dict().items()}, out / MODEL)
+    write_tensors({HUB_PREFIX + name: tensor for name, tensor in _weights(run, half).items()}, out / MODEL)
     write_law(run.law, out / CLOCK)
     _write_json(hub_config(run), out / CONFIG)
     _write_json(generation_defaults(run), out / GENERATION)
@@ -51,6 +57,24 @@ def export(run: Run, out: Path, *, licence: str | None = None) -> list[Path]:
     write_modules(out)
     (out / CARD).write_text(model_card(run, out.name, licence), encoding="utf-8")
     return sorted(out.iterdir())
+
+
+def export_run(run: Run, out: Path, *, licence: str | None = None, half: bool = False) -> list[Path]:
+    """Writes the run's folder anew with a model card, without checkpoints, teacher and paths. Arguments as `export`."""
+    new_folder(out)
+    write_tensors(_weights(run, half), out / MODEL)
+    write_law(run.law, out / CLOCK)
+    (out / CONFIG).write_text(to_json(portable(run.config)), encoding="utf-8")
+    tokenizers.save(run.tokenizer, out)
+    for name in (MANIFEST_FILE, METRICS):
+        if (run.path / name).is_file():
+            shutil.copy(run.path / name, out / name)
+    (out / CARD).write_text(model_card(run, out.name, licence), encoding="utf-8")
+    return sorted(out.iterdir())
+
+
+def _weights(run: Run, half: bool) -> dict[str, Tensor]:
+    return halved(run.network.state_dict()) if half else dict(run.network.state_dict())
 
 
 def new_folder(folder: Path) -> None:
@@ -74,7 +98,11 @@ def portable(config: Config) -> Config:
     """A configuration without paths of the machine that it was trained on: their last part stays, as a name."""
     data, base = config.data, config.base
     shards = None if data.shards is None else Path(data.shards).name
-    data = replace(data, shards=shards, tokenizer=Path(data.tokenizer).name)
+    names = [Path(place).name for place in data.mixture]
+    if len(set(names)) < len(names):
+        names = [f"{name} {i}" for i, name in enumerate(names, 1)]
+    mixture = dict(zip(names, data.mixture.values(), strict=True))
+    data = replace(data, shards=shards, mixture=mixture, tokenizer=Path(data.tokenizer).name)
     return replace(config, data=data, base=None if base is None else Path(base).name)
 
 

@@ -68,8 +68,8 @@ def served_run(path: Path, name: str | None = None) -> tuple[Run, str, str]:
     model = path.resolve().name if name is None else name
     if not re.fullmatch(r"[\w.:-]{1,80}", model):
         raise UserError(f"{model!r} is no name for a model: give --name of letters, digits, - _ . :")
-    digest = hashlib.blake2b((path / CONFIG).read_bytes(), digest_size=8)
-    with (path / MODEL).open("rb") as file:
+    digest = hashlib.blake2b((run.path / CONFIG).read_bytes(), digest_size=8)
+    with (run.path / MODEL).open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return replace(run, path=Path(model)), model, f"fp_{digest.hexdigest()}"

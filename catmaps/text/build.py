@@ -14,8 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from catmaps.errors import UserError
 from catmaps.text.corpus import SPLITS, Document, embedded_bytes, embedded_documents, read_documents
-from catmaps.text.manifest import FORMAT_VERSION, MANIFEST_FILE, Manifest
-from catmaps.text.shards import file_sha256, verify
+from catmaps.text.manifest import FORMAT_VERSION, MANIFEST_FILE, Manifest, SplitManifest
+from catmaps.text.shards import TOKENIZER_FILE, file_sha256, verify
 from catmaps.text.tokenizers import Tokenizer, from_spec, save
 from catmaps.text.writer import SplitWriter
 
@@ -52,30 +52,73 @@ def build_shards(
     Raises:
         UserError: If `out_dir` exists or cannot be written, or no document has any text for this tokenizer.
     """
-    _check_target(out_dir, overwrite)
-    if tokens_per_shard < 1:
-        raise UserError(f"{tokens_per_shard} tokens per shard are too few: at least 1")
-    with _staging(out_dir, overwrite) as staging:
-        writers: dict[str, SplitWriter] = {}
-        try:
-            _write_all(documents, tokenizer, staging, writers, tokens_per_shard, progress)
-            splits = {name: writers[name].finish() for name in SPLITS if name in writers}
-        finally:
-            for writer in writers.values():
-                writer.close()
-        if not splits:
-            raise UserError(f"no document has any text for the tokenizer {tokenizer.name}: nothing to build")
-        save(tokenizer, staging)
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            tokenizer=tokenizer.name,
-            tokenizer_sha256=file_sha256(staging / "tokenizer.json"),
-            vocab_size=tokenizer.vocab_size,
-            eos_id=tokenizer.eos_id,
-            dtype=tokenizer.dtype.name,
-            splits=splits,
-        )
-        manifest.save(staging)
+    check_target(out_dir, overwrite)
+    check_shard_size(tokens_per_shard)
+    with staging(out_dir, overwrite) as draft:
+        splits = write_splits(documents, tokenizer, draft, tokens_per_shard, progress=progress)
+        return finish(draft, tokenizer, splits)
+
+
+def write_splits(
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    directory: Path,
+    tokens_per_shard: int,
+    *,
+    follows: bool = False,
+    progress: bool = False,
+) -> dict[str, SplitManifest]:
+    """Writes the shards of documents into a directory, without tokenizer and manifest.
+
+    Args:
+        documents: In the order in which they are to be stored.
+        tokenizer: Of the ids.
+        directory: Must exist.
+        tokens_per_shard: A shard is closed after the document that reaches this many tokens.
+        follows: The splits begin elsewhere (see `SplitWriter`).
+        progress: Show documents and tokens on stderr.
+
+    Returns:
+        What was written, by split; splits without documents are absent.
+    """
+    writers: dict[str, SplitWriter] = {}
+
+    def writer(split: str) -> SplitWriter:
+        if split not in writers:
+            writers[split] = SplitWriter(directory, split, tokenizer, tokens_per_shard, follows)
+        return writers[split]
+
+    try:
+        with _progress(progress) as bar:
+            task = bar.add_task("tokenising", total=None, documents=0, tokens=0)
+            for batch in _batches(documents, tokenizer):
+                encoded = tokenizer.encode_many([text for _, text in batch])
+                for (split, text), ids in zip(batch, encoded, strict=True):
+                    normal = tokenizer.normalise(text)
+                    writer(split).add(ids, len(normal), len(normal.encode()))
+                done = sum(held.documents for held in writers.values())
+                bar.update(task, documents=done, tokens=sum(held.tokens for held in writers.values()))
+        return {name: writers[name].finish() for name in SPLITS if name in writers}
+    finally:
+        for held in writers.values():
+            held.close()
+
+
+def finish(directory: Path, tokenizer: Tokenizer, splits: dict[str, SplitManifest]) -> Manifest:
+    """Writes tokenizer and manifest beside shards. Raises UserError if there are none."""
+    if not splits:
+        raise UserError(f"no document has any text for the tokenizer {tokenizer.name}: nothing to build")
+    save(tokenizer, directory)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        tokenizer=tokenizer.name,
+        tokenizer_sha256=file_sha256(directory / TOKENIZER_FILE),
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        dtype=tokenizer.dtype.name,
+        splits=splits,
+    )
+    manifest.save(directory)
     return manifest
 
 
@@ -97,12 +140,12 @@ def build_from_paths(
     Raises:
         UserError: As `read_documents`, `from_spec` and `build_shards`, or if no document fell into train.
     """
-    _check_target(out_dir, overwrite)  # before the long work, not after it
+    check_target(out_dir, overwrite)  # before the long work, not after it
 
     def documents() -> Iterator[Document]:
         return read_documents(paths, text_key=text_key, valid=valid, test=test)
 
-    tokenizer = from_spec(spec, _train_texts(documents()))
+    tokenizer = from_spec(spec, train_texts(documents()))
     return build_shards(
         _with_train(documents()), tokenizer, out_dir, tokens_per_shard=tokens_per_shard, overwrite=overwrite
     )
@@ -124,7 +167,7 @@ def ensure_embedded(cache_dir: Path, spec: str, *, progress: bool = True) -> Pat
     directory = cache_dir / f"{name}-{key[:10]}"
     if _whole(directory):
         return directory
-    tokenizer = from_spec(spec, _train_texts(embedded_documents()))
+    tokenizer = from_spec(spec, train_texts(embedded_documents()))
     damaged = directory.exists()
     try:
         build_shards(embedded_documents(), tokenizer, directory, progress=progress, overwrite=damaged)
@@ -146,7 +189,8 @@ def _tokenizer_bytes(path: Path) -> bytes:
     return (path / "tokenizer.json" if path.is_dir() else path).read_bytes()
 
 
-def _train_texts(documents: Iterable[Document]) -> Iterator[str]:
+def train_texts(documents: Iterable[Document]) -> Iterator[str]:
+    """Texts of the train split."""
     return (document.text for document in documents if document.split == "train")
 
 
@@ -180,27 +224,6 @@ def _batches(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[li
         yield batch
 
 
-def _write_all(
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
-    directory: Path,
-    writers: dict[str, SplitWriter],
-    tokens_per_shard: int,
-    progress: bool,
-) -> None:
-    with _progress(progress) as bar:
-        task = bar.add_task("tokenising", total=None, documents=0, tokens=0)
-        for batch in _batches(documents, tokenizer):
-            encoded = tokenizer.encode_many([text for _, text in batch])
-            for (split, text), ids in zip(batch, encoded, strict=True):
-                if split not in writers:
-                    writers[split] = SplitWriter(directory, split, tokenizer, tokens_per_shard)
-                normal = tokenizer.normalise(text)
-                writers[split].add(ids, len(normal), len(normal.encode()))
-            documents_done = sum(writer.documents for writer in writers.values())
-            bar.update(task, documents=documents_done, tokens=sum(w.tokens for w in writers.values()))
-
-
 def _progress(shown: bool) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
@@ -212,7 +235,14 @@ def _progress(shown: bool) -> Progress:
     )
 
 
-def _check_target(out_dir: Path, overwrite: bool) -> None:
+def check_shard_size(tokens: int) -> None:
+    """Raises UserError unless a shard holds at least one token."""
+    if tokens < 1:
+        raise UserError(f"{tokens} tokens per shard are too few: at least 1")
+
+
+def check_target(out_dir: Path, overwrite: bool) -> None:
+    """Raises UserError if `out_dir` exists and may not be replaced."""
     if not out_dir.exists():
         return
     if not overwrite:
@@ -222,32 +252,32 @@ def _check_target(out_dir: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _staging(out_dir: Path, overwrite: bool) -> Iterator[Path]:
+def staging(out_dir: Path, overwrite: bool) -> Iterator[Path]:
     """A sibling of `out_dir` that takes its name if all goes well, and is removed if not."""
     mark = uuid.uuid4().hex[:12]
-    staging = out_dir.parent / f".{out_dir.name}.{mark}.partial"
+    draft = out_dir.parent / f".{out_dir.name}.{mark}.partial"
     old = out_dir.parent / f".{out_dir.name}.{mark}.old"
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
+        draft.mkdir()
     except OSError as error:
         raise UserError(f"cannot write {out_dir} ({error.strerror})") from error
     try:
-        yield staging
-        _check_target(out_dir, overwrite)  # again: the build took time
+        yield draft
+        check_target(out_dir, overwrite)  # again: the build took time
         if out_dir.exists():
             os.rename(out_dir, old)
-        _rename_or_restore(staging, out_dir, old)
+        _rename_or_restore(draft, out_dir, old)
     except OSError as error:
         raise UserError(f"cannot write {out_dir} ({error})") from error
     finally:
-        for leftover in (staging, old):
+        for leftover in (draft, old):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _rename_or_restore(staging: Path, out_dir: Path, old: Path) -> None:
+def _rename_or_restore(draft: Path, out_dir: Path, old: Path) -> None:
     try:
-        os.rename(staging, out_dir)
+        os.rename(draft, out_dir)
     except OSError:
         if old.exists():
             os.rename(old, out_dir)

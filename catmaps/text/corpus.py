@@ -32,12 +32,21 @@ class Document:
 
 
 @dataclass(frozen=True)
-class _Reading:
-    """How files are read: the key of the text, and the shares of documents that are held out."""
+class Reading:
+    """How files are read: the key of the text, and the shares of documents that are held out.
 
-    text_key: str
-    valid: float
-    test: float
+    Raises:
+        UserError: The shares are not in [0, 1), or their sum is not below 1.
+    """
+
+    text_key: str = "text"
+    valid: float = 0.02
+    test: float = 0.04
+
+    def __post_init__(self) -> None:
+        valid, test = self.valid, self.test
+        if not (0 <= valid < 1 and 0 <= test < 1 and valid + test < 1):
+            raise UserError(f"held-out shares valid={valid}, test={test}: each in [0, 1), their sum below 1")
 
 
 def split_of(document_id: str, valid: float = 0.02, test: float = 0.04) -> str:
@@ -93,26 +102,37 @@ def read_documents(
         UserError: At once for a missing path or an unknown kind of file; while reading for a bad record,
             named by file and line; at the end if there was no document.
     """
-    if not (0 <= valid < 1 and 0 <= test < 1 and valid + test < 1):
-        raise UserError(f"held-out shares valid={valid}, test={test}: each in [0, 1), their sum below 1")
-    files = [found for path in paths for found in _files(path)]
-    return _documents(files, _Reading(text_key, valid, test))
+    how = Reading(text_key, valid, test)
+    return _documents(corpus_files(paths), how)
 
 
-def _documents(files: list[tuple[Path, str]], how: _Reading) -> Iterator[Document]:
-    found = False
+def corpus_files(paths: Sequence[Path]) -> list[tuple[Path, str]]:
+    """The files of a corpus in their fixed order, each with a name that does not depend on where the corpus lies.
+
+    Raises UserError as `read_documents` does at once.
+    """
+    return [found for path in paths for found in _files(path)]
+
+
+def documents_in(files: Sequence[tuple[Path, str]], how: Reading) -> Iterator[Document]:
+    """Documents of such files in order, blank ones left out. Raises UserError for a bad record."""
     for file, name in files:
         for document in _read_file(file, name, how):
             if document.text.strip():
-                found = True
                 yield document
+
+
+def _documents(files: list[tuple[Path, str]], how: Reading) -> Iterator[Document]:
+    found = False
+    for document in documents_in(files, how):
+        found = True
+        yield document
     if not found:
         names = ", ".join(str(file) for file, _ in files[:3])
         raise UserError(f"the corpus is empty: no document with text in {names}")
 
 
 def _files(path: Path) -> list[tuple[Path, str]]:
-    """Files below `path`, each with a name that does not depend on where the corpus lies."""
     if path.is_dir():
         below = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(_ENDINGS))
         if not below:
@@ -125,7 +145,7 @@ def _files(path: Path) -> list[tuple[Path, str]]:
     return [(path, path.name)]
 
 
-def _read_file(file: Path, name: str, how: _Reading) -> Iterator[Document]:
+def _read_file(file: Path, name: str, how: Reading) -> Iterator[Document]:
     if file.name.endswith(".parquet"):
         yield from _read_parquet(file, name, how)
         return
@@ -166,7 +186,7 @@ def _json_record(line: bytes, where: str) -> Mapping[str, Any]:
     return record
 
 
-def _from_record(record: Mapping[str, Any], where: str, place: str, how: _Reading) -> Document:
+def _from_record(record: Mapping[str, Any], where: str, place: str, how: Reading) -> Document:
     """The document of one JSON line or parquet row; `place` names it in the corpus, `where` in messages."""
     text = record.get(how.text_key)
     if not isinstance(text, str):
@@ -184,7 +204,7 @@ def _from_record(record: Mapping[str, Any], where: str, place: str, how: _Readin
     return Document(name, str(source or place.rpartition(":")[0]), str(title or name), text, split)
 
 
-def _read_parquet(file: Path, name: str, how: _Reading) -> Iterator[Document]:
+def _read_parquet(file: Path, name: str, how: Reading) -> Iterator[Document]:
     try:
         import pyarrow
         from pyarrow import parquet

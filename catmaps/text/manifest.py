@@ -31,6 +31,7 @@ class SplitManifest:
         characters: Characters of the normalised text, for bits per character (text8: with joining spaces).
         bytes: Bytes of that text in UTF-8, for bits per byte.
         boundaries: Raw little-endian uint64 file: the offset in the split at which each document starts.
+        counts: Raw little-endian uint64 file: how often each id occurs. None in shards of earlier versions.
     """
 
     shards: tuple[Shard, ...]
@@ -39,6 +40,16 @@ class SplitManifest:
     bytes: int
     boundaries: str
     boundaries_sha256: str
+    counts: str | None = None
+    counts_sha256: str | None = None
+
+    @property
+    def files(self) -> dict[str, str]:
+        """sha256 by file name."""
+        hashes = {shard.file: shard.sha256 for shard in self.shards} | {self.boundaries: self.boundaries_sha256}
+        if self.counts is not None and self.counts_sha256 is not None:
+            hashes[self.counts] = self.counts_sha256
+        return hashes
 
     @property
     def tokens(self) -> int:
@@ -63,6 +74,26 @@ class Manifest:
         if name not in self.splits:
             raise UserError(f"the shards have no split {name!r}: they hold {', '.join(self.splits)}")
         return self.splits[name]
+
+    def difference(self, other: "Manifest") -> str | None:
+        """The first thing in which the data of two manifests differ, named for a message; None if they are the same.
+
+        Files count by their hashes, in order, whatever their names: a pool of directories gives them others.
+        """
+        if self.tokenizer_sha256 != other.tokenizer_sha256:
+            return f"the tokenizer ({self.tokenizer} and {other.tokenizer})"
+        if (self.dtype, self.vocab_size, self.eos_id) != (other.dtype, other.vocab_size, other.eos_id):
+            return "the type of the ids"
+        for name in dict.fromkeys([*self.splits, *other.splits]):
+            if name not in self.splits or name not in other.splits:
+                return f"split {name!r}, which only one of them has"
+            ours, theirs = self.splits[name].shards, other.splits[name].shards
+            for mine, its in zip(ours, theirs, strict=False):
+                if (mine.sha256, mine.tokens) != (its.sha256, its.tokens):
+                    return f"{mine.file} ({mine.tokens} tokens, sha256 {mine.sha256[:8]}, and {its.sha256[:8]})"
+            if len(ours) != len(theirs):
+                return f"the number of shards of split {name!r} ({len(ours)} and {len(theirs)})"
+        return None
 
     def save(self, directory: Path) -> None:
         """Write `manifest.json` into `directory`."""
@@ -89,16 +120,20 @@ def load_manifest(directory: Path) -> Manifest:
         raise UserError(f"{file} is damaged ({kind}: {error}): build the shards again") from error
 
 
-def _parsed(content: dict[str, Any]) -> Manifest:
+def splits_from(content: dict[str, Any]) -> dict[str, SplitManifest]:
+    """Splits as `asdict` and JSON left them. Raises ValueError, TypeError or KeyError where they are damaged."""
     splits = {
         name: SplitManifest(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
-        for name, split in content["splits"].items()
+        for name, split in content.items()
     }
-    manifest = Manifest(**{**content, "splits": splits})
-    if manifest.dtype not in ("uint16", "uint32"):
-        raise ValueError(f"dtype {manifest.dtype!r}")
-    names = [shard.file for split in splits.values() for shard in split.shards]
-    for name in names + [split.boundaries for split in splits.values()]:
+    for name in [name for split in splits.values() for name in split.files]:
         if Path(name).name != name:
             raise ValueError(f"file name {name!r}")
+    return splits
+
+
+def _parsed(content: dict[str, Any]) -> Manifest:
+    manifest = Manifest(**{**content, "splits": splits_from(content["splits"])})
+    if manifest.dtype not in ("uint16", "uint32"):
+        raise ValueError(f"dtype {manifest.dtype!r}")
     return manifest

@@ -8,6 +8,9 @@ from jaxtyping import Int, Integer, UInt
 
 from catmaps.errors import UserError
 from catmaps.text.manifest import ITEM_BYTES, Manifest, SplitManifest, load_manifest
+from catmaps.text.writer import histogram
+
+TOKENIZER_FILE = "tokenizer.json"
 
 
 def file_sha256(file: Path) -> str:
@@ -30,18 +33,21 @@ def verify(directory: Path, hashes: bool = True) -> Manifest:
         UserError: Names the first missing, truncated or damaged file.
     """
     manifest = load_manifest(directory)
-    tokenizer = directory / "tokenizer.json"
+    tokenizer = directory / TOKENIZER_FILE
     if not tokenizer.is_file():
         raise UserError(f"{tokenizer} is missing: build the shards again")
-    if hashes:
-        _check_hash(tokenizer, manifest.tokenizer_sha256)
     for split in manifest.splits.values():
-        _check_split(directory, split, manifest.dtype)
-        if hashes:
-            for shard in split.shards:
-                _check_hash(directory / shard.file, shard.sha256)
-            _check_hash(directory / split.boundaries, split.boundaries_sha256)
+        check_split(directory, split, manifest)
+    if hashes:
+        for file, digest in hashed_files(directory, manifest):
+            check_hash(file, digest)
     return manifest
+
+
+def hashed_files(directory: Path, manifest: Manifest) -> list[tuple[Path, str]]:
+    """Every file that a manifest describes, with its sha256; the tokenizer is the first."""
+    of_splits = [(directory / name, digest) for held in manifest.splits.values() for name, digest in held.files.items()]
+    return [(directory / TOKENIZER_FILE, manifest.tokenizer_sha256), *of_splits]
 
 
 def load_tokens(directory: Path, split: str) -> UInt[np.ndarray, "n"]:
@@ -51,7 +57,7 @@ def load_tokens(directory: Path, split: str) -> UInt[np.ndarray, "n"]:
     """
     manifest = load_manifest(directory)
     held = manifest.split(split)
-    _check_split(directory, held, manifest.dtype)
+    check_split(directory, held, manifest)
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
     parts = [np.memmap(directory / shard.file, dtype=dtype, mode="r") for shard in held.shards]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -61,29 +67,29 @@ def load_boundaries(directory: Path, split: str) -> UInt[np.ndarray, "d"]:
     """Offset in the split's tokens at which each document starts, uint64. Raises as `load_tokens`."""
     manifest = load_manifest(directory)
     held = manifest.split(split)
-    _check_split(directory, held, manifest.dtype)
+    check_split(directory, held, manifest)
     return np.fromfile(directory / held.boundaries, dtype="<u8")
 
 
 def token_counts(directory: Path, split: str = "train") -> Int[np.ndarray, "v"]:
-    """How often each id occurs in a split, int64 of shape (vocab_size,), read piece by piece.
+    """How often each id occurs in a split, int64 of shape (vocab_size,).
 
-    Raises UserError as `load_tokens`, and if an id is outside the vocabulary (a damaged shard).
+    From the file of counts; shards of earlier versions, which lack it, are read through, piece by piece. Raises
+    UserError as `load_tokens`, and for ids outside the vocabulary or counts of something else (damage).
     """
     manifest = load_manifest(directory)
     held = manifest.split(split)
-    _check_split(directory, held, manifest.dtype)
-    counts = np.zeros(manifest.vocab_size, dtype=np.int64)
-    piece = 1 << 24
-    for shard in held.shards:
-        ids = np.memmap(directory / shard.file, dtype=np.dtype(manifest.dtype).newbyteorder("<"), mode="r")
-        for start in range(0, len(ids), piece):
-            found = np.bincount(ids[start : start + piece], minlength=manifest.vocab_size)
-            if len(found) > manifest.vocab_size:
-                file = directory / shard.file
-                raise UserError(f"{file} is damaged: id {len(found) - 1} is not in the vocabulary")
-            counts += found
-    return counts
+    if held.counts is not None:
+        file = directory / held.counts
+        check_size(file, manifest.vocab_size * ITEM_BYTES["uint64"])
+        counts = np.fromfile(file, dtype="<u8").astype(np.int64)
+        if counts.sum() != held.tokens:
+            raise UserError(f"{file} is damaged: it counts {counts.sum()} tokens of {held.tokens}; build again")
+        return counts
+    check_split(directory, held, manifest)
+    dtype = np.dtype(manifest.dtype).newbyteorder("<")
+    files = [directory / shard.file for shard in held.shards]
+    return sum((histogram(file, dtype, manifest.vocab_size) for file in files), np.zeros(1, "<u8")).astype(np.int64)
 
 
 def sequences(
@@ -126,13 +132,17 @@ def _chunks(
     return whole[np.sort(chosen)].astype(np.int64)
 
 
-def _check_split(directory: Path, split: SplitManifest, dtype: str) -> None:
+def check_split(directory: Path, split: SplitManifest, manifest: Manifest) -> None:
+    """Presence and size of a split's files. Raises UserError for the first that is missing or of another size."""
     for shard in split.shards:
-        _check_size(directory / shard.file, shard.tokens * ITEM_BYTES[dtype])
-    _check_size(directory / split.boundaries, split.documents * ITEM_BYTES["uint64"])
+        check_size(directory / shard.file, shard.tokens * ITEM_BYTES[manifest.dtype])
+    check_size(directory / split.boundaries, split.documents * ITEM_BYTES["uint64"])
+    if split.counts is not None:
+        check_size(directory / split.counts, manifest.vocab_size * ITEM_BYTES["uint64"])
 
 
-def _check_size(file: Path, expected: int) -> None:
+def check_size(file: Path, expected: int) -> None:
+    """Raises UserError if a file is missing or has another number of bytes."""
     if not file.is_file():
         raise UserError(f"{file} is missing: build the shards again, or copy it from where they were built")
     size = file.stat().st_size
@@ -141,6 +151,7 @@ def _check_size(file: Path, expected: int) -> None:
         raise UserError(f"{file} is {kind} ({size} bytes, {expected} expected): build the shards again")
 
 
-def _check_hash(file: Path, expected: str) -> None:
+def check_hash(file: Path, expected: str) -> None:
+    """Raises UserError if a file's content is not that of the manifest."""
     if file_sha256(file) != expected:
         raise UserError(f"{file} is damaged (its sha256 is not the manifest's): build the shards again")

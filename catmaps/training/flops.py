@@ -152,14 +152,26 @@ class RoleWork:
     """Passes with tangent, with gradient or without."""
     teacher: Work
     recomputed: Work
-    """Blocks done again in the backward pass under activation checkpointing."""
+    """Done again in the backward pass: beliefs in tiles; blocks under activation checkpointing."""
 
     @property
     def total(self) -> Work:
         return self.gradient + self.targets + self.tangents + self.teacher + self.recomputed
 
 
-def role_work(shape: Shape, role: str, share: Number, made: Calls, checkpointing: bool = False) -> RoleWork:
+def _recomputed(shape: Shape, made: Calls, tiled: bool, checkpointing: bool) -> Work:
+    again = Work()
+    for tangent, times in ((False, made.plain), (True, made.tangent)):
+        if tiled and not shape.linear:
+            again = again + _embedding(shape, tangent) * times
+        if checkpointing:
+            again = again + trunk(shape, tangent) * times
+    return again
+
+
+def role_work(
+    shape: Shape, role: str, share: Number, made: Calls, *, tiled: bool = False, checkpointing: bool = False
+) -> RoleWork:
     mixed = Work(embedding=2 * shape.vocabulary * shape.width * made.mixed) if shape.projects else Work()
     again = read(shape) * made.again
     whole, whole_tangent = encode(shape) + read(shape), encode(shape, True) + read(shape, True)
@@ -175,7 +187,7 @@ def role_work(shape: Shape, role: str, share: Number, made: Calls, checkpointing
         targets=whole * made.own + read(shape) * made.still + (none if by_teacher else again + mixed),
         tangents=(whole_tangent + backward(shape, True)) * made.tangent + whole_tangent * made.own_tangent,
         teacher=whole * made.teacher + (again + mixed if by_teacher else none),
-        recomputed=trunk(shape) * made.plain + trunk(shape, True) * made.tangent if checkpointing else none,
+        recomputed=_recomputed(shape, made, tiled, checkpointing),
     )
 
 
@@ -186,7 +198,14 @@ def roles(
     off = config.off_diagonal
     shares = {"diagonal": 1 - off, config.loss: off * (1 - config.anchor), "anchor": off * config.anchor}
     return tuple(
-        role_work(shape, role, share, calls(role, teacher, tiled=tiled, skip=shape.skip), checkpointing)
+        role_work(
+            shape,
+            role,
+            share,
+            calls(role, teacher, tiled=tiled, skip=shape.skip),
+            tiled=tiled,
+            checkpointing=checkpointing,
+        )
         for role, share in shares.items()
         if share > 0
     )

@@ -22,7 +22,7 @@ FP32, BF16 = 4, 2
 WHOLE = {"diagonal": 8, "soft": 11, "psd": 15, "anchor": 15, "lsd": 18, "ecld": 18, "esd": 18}
 """fp32 tensors of (positions, V) alive at the peak of a role where x is held whole, noise included (measured);
 "soft" is the diagonal with a teacher."""
-TILE = {"diagonal": 6, "soft": 8, "psd": 14, "anchor": 14, "lsd": 17, "ecld": 17, "esd": 14}
+TILE = {"diagonal": 6, "soft": 8, "psd": 14, "anchor": 14, "lsd": 12, "ecld": 12, "esd": 17}
 """The same within a tile (measured)."""
 
 
@@ -83,7 +83,9 @@ class Memory:
     """The weights' moving average."""
     teacher: Number
     copies: Number
-    """bf16 copies of weights; sharded: what is gathered, tables and two blocks, and the tables' gradients, twice."""
+    """bf16 copies of weights; sharded: what is gathered, tables and two blocks, and gradients that wait."""
+    late: Number
+    """Sharded, when a backward pass ends and activations are gone: the tables' gradients and a flat copy of them."""
     reduction: Number
     """The flat buffer in which replicas sum gradients."""
     activations: Number
@@ -104,13 +106,8 @@ class Memory:
         return fixed + self.teacher + self.copies + self.reduction
 
     def total(self, checkpointing: bool) -> Number:
-        return (
-            self.state
-            + self.working
-            + self.tile
-            + self.head_gradient
-            + (self.activations_checkpointed if checkpointing else self.activations)
-        )
+        activations = self.activations_checkpointed if checkpointing else self.activations
+        return self.state + max(self.working + self.tile + self.head_gradient + activations, self.late)
 
 
 def memory(
@@ -142,6 +139,7 @@ def memory(
     """
     count = parameters(shape)
     weights = FP32 * count.total / shard
+    rest = count.total - shape.blocks * block_parameters(shape)
 
     def saved(checkpointing: bool) -> Number:
         return tokens * sum(
@@ -163,7 +161,10 @@ def memory(
         optimiser=optimiser_bytes(shape, optimiser) / shard,
         average=weights,
         teacher=weights if teacher else 0.0,
-        copies=_copies(shape, shard, precision, teacher=teacher, several=len(mixture) > 1),
+        copies=_copies(
+            shape, shard, precision, teacher=any(role.calls.teacher for role in mixture), several=len(mixture) > 1
+        ),
+        late=2 * FP32 * rest if shard > 1 else 0.0,
         reduction=weights if shard == 1 and replicas > 1 else 0.0,
         activations=saved(False),
         activations_checkpointed=saved(True),
@@ -184,6 +185,6 @@ def _copies(shape: Shape, shard: int, precision: int, *, teacher: bool, several:
     count, block = parameters(shape), block_parameters(shape)
     rest = count.total - shape.blocks * block
     cast = precision * count.head if precision == BF16 else 0
-    # Where several roles call a block its gradients wait for the last; at the end the tables' own, and a flat copy.
+    # Where several roles call a block its gradients wait for the last.
     waiting = precision * shape.blocks * block if several else 0
-    return FP32 * rest * (1 + teacher) + cast + precision * 2 * block + max(waiting, 2 * FP32 * rest)
+    return FP32 * rest * (1 + teacher) + cast + precision * 2 * block + waiting

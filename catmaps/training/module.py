@@ -15,8 +15,9 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.fsdp import FSDPModule
 
 from catmaps.config import Config
-from catmaps.flow.adaptive import InformationClock
+from catmaps.flow.adaptive import BINS, InformationClock
 from catmaps.flow.times import Law
+from catmaps.flow.weighting import LossMoments, weights
 from catmaps.model import must_match
 from catmaps.network.tokens import Network
 from catmaps.training.guard import Guard
@@ -45,18 +46,23 @@ class FlowTrainModule(TrainModule):
         self.objective = objective_of(config, network, teacher)
         self.optimisers = build_optimisers(network, config.optimiser)
         self.clock = InformationClock(law)
+        self.moments = LossMoments(law)
         self.adapts = config.clock.adaptive and teacher is None
         self.sharded = is_sharded(network)
         self.guard = Guard(config.optimiser.spike, config.optimiser.patience)
         self.source = Path("the checkpoint")  # what it is loaded from, for messages
         self.busy = 0.0
         """Seconds of this process's passes in the last step."""
-        self._added: Tensor | None = None
+        self._added: list[Tensor] | None = None
 
     @property
     def law(self) -> Law:
         """The law of time in force."""
         return self.clock.law if self.adapts else self.clock.clock
+
+    def weigh(self, t: Tensor) -> Tensor:
+        """Weights of diagonal times."""
+        return weights(self.config.objective.weighting, t, self.law, self.moments)
 
     @property
     def eval_batch_spec(self) -> EvalBatchSpec:
@@ -68,10 +74,11 @@ class FlowTrainModule(TrainModule):
         device = self.network.log_prior.device
         tokens = batch["input_ids"].long().to(device)
         step = 0 if dry_run else self.trainer.global_step
-        drawn = self.objective.batch(self.law, len(tokens) * world, tokens.shape[1], (training.seed, step))
+        drawn = self.objective.batch(self.law, len(tokens) * world, tokens.shape[1], (training.seed, step), self.weigh)
         index = torch.arange(len(tokens)) * world + rank
         loss, sums = torch.zeros((), device=device), torch.zeros(3, device=device)
-        added = torch.zeros(2, len(self.clock.sums), dtype=torch.float64)
+        added = torch.zeros(2, BINS, dtype=torch.float64)
+        losses = torch.zeros(3, BINS, dtype=torch.float64)
         for rows in torch.arange(len(tokens)).split(training.micro_batch):
             together = torch.arange(int(rows[0]) * world, (int(rows[-1]) + 1) * world) if self.sharded else None
             part = drawn.loss(tokens[rows], index[rows], together)
@@ -80,11 +87,12 @@ class FlowTrainModule(TrainModule):
             part.total.backward()
             loss, sums = loss + part.total.detach(), sums + part.sums
             added = added + self.clock.contributions(part.diagonal_times, part.squared_error)
+            losses = losses + self.moments.contributions(part.diagonal_times, part.cross_entropy)
         if dry_run:
             self.zero_grads()
             return
         self.busy = time.monotonic() - began
-        self._added = _sum_over_processes([added])[0]
+        self._added = _sum_over_processes([added, losses])
         self.record_metric("loss", loss, ReduceType.sum)
         for name, value, count in zip(ROLES, sums, drawn.counts.tolist(), strict=True):
             if count:
@@ -117,7 +125,8 @@ class FlowTrainModule(TrainModule):
         for net in (self.network, self.average):  # fused optimisers and gathers leave a tensor's version as it was
             forget_casts(net)
         if self._added is not None:
-            self.clock.update(self._added, step)
+            self.clock.update(self._added[0], step)
+            self.moments.update(self._added[1])
 
     def zero_grads(self) -> None:
         for o in self.optimisers:
@@ -130,6 +139,7 @@ class FlowTrainModule(TrainModule):
             "average": dcp.get_model_state_dict(self.average, options=options),
             "clock": self.clock.state_dict(),
             "guard": self.guard.state_dict(),
+            "moments": self.moments.state_dict(),
         }
         if optim is not False:
             state["optim"] = dcp.get_optimizer_state_dict(self.network, self.optimisers, options=options)
@@ -142,8 +152,9 @@ class FlowTrainModule(TrainModule):
             UserError: It lacks a tensor, has an unknown one or one of another shape; names it.
         """
         state = self.state_dict(optim=optim)
-        if not any(name.startswith("guard.") for name in metadata.state_dict_metadata):
-            del state["guard"]  # of an earlier version
+        for part in ("guard", "moments"):
+            if not any(name.startswith(f"{part}.") for name in metadata.state_dict_metadata):
+                del state[part]  # of an earlier version
         stored = {
             name: tuple(about.size)
             for name, about in metadata.state_dict_metadata.items()
@@ -158,6 +169,8 @@ class FlowTrainModule(TrainModule):
         self.clock.load_state_dict(state_dict["clock"])
         if "guard" in state_dict:
             self.guard.load_state_dict(state_dict["guard"])
+        if "moments" in state_dict:
+            self.moments.load_state_dict(state_dict["moments"])
         if "optim" in state_dict:
             dcp.set_optimizer_state_dict(self.network, self.optimisers, state_dict["optim"])
 

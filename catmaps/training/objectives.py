@@ -11,7 +11,7 @@ from catmaps.baselines.families import FAMILIES
 from catmaps.config import Config
 from catmaps.flow.flow_map import FlowMap
 from catmaps.flow.likelihood import Bound, nelbo
-from catmaps.flow.objective import BatchLoss, Plan, batch_loss, plan
+from catmaps.flow.objective import BatchLoss, Plan, Weigh, batch_loss, plan
 from catmaps.flow.times import Law, stratified
 from catmaps.model import starting_law
 from catmaps.network.denoiser import FlowNetwork
@@ -41,8 +41,8 @@ class Batch(Protocol):
 
 @runtime_checkable
 class Objective(Protocol):
-    def batch(self, law: Law, rows: int, length: int, key: Key) -> Batch:
-        """Plans a batch of `rows` texts over all processes; `key` is (seed, step)."""
+    def batch(self, law: Law, rows: int, length: int, key: Key, weigh: Weigh | None = None) -> Batch:
+        """Plans a batch of `rows` texts over all processes; `key` is (seed, step), `weigh` weighs diagonal times."""
         ...
 
     def bound(self, network: Network, tokens: Int[Tensor, "b l"], law: Law, generator: torch.Generator) -> Bound:
@@ -80,9 +80,10 @@ class FlowObjective:
         self.teacher = None if teacher is None else FlowMap(teacher.requires_grad_(False))
         self.sampling = starting_law(config.clock, network.vocab_size)
 
-    def batch(self, law: Law, rows: int, length: int, key: Key) -> FlowBatch:
+    def batch(self, law: Law, rows: int, length: int, key: Key, weigh: Weigh | None = None) -> FlowBatch:
         generator = torch.Generator().manual_seed(key[0] * 1_000_003 + key[1])
-        return FlowBatch(self, plan(self.config.objective, law, rows, length, generator, self.sampling), key)
+        weigh = weigh if self.teacher is None else None
+        return FlowBatch(self, plan(self.config.objective, law, rows, length, generator, self.sampling, weigh), key)
 
     def bound(self, network: Network, tokens: Int[Tensor, "b l"], law: Law, generator: torch.Generator) -> Bound:
         assert isinstance(network, FlowNetwork)
@@ -103,7 +104,7 @@ class BaselineBatch:
         weight = torch.full(tokens.shape, 1 / (len(self.place) * tokens.shape[1]), device=device)
         total = self.objective.family.loss(network, tokens, draws.to(device), weight).total
         none = torch.zeros(0, device=device)
-        return BatchLoss(total, none, none, torch.zeros(3, device=device), torch.zeros(3))
+        return BatchLoss(total, none, none, none, torch.zeros(3, device=device), torch.zeros(3))
 
 
 class BaselineObjective:
@@ -112,8 +113,8 @@ class BaselineObjective:
     def __init__(self, config: Config, network: TokenNetwork) -> None:
         self.family, self.network = FAMILIES[config.family], network
 
-    def batch(self, law: Law, rows: int, length: int, key: Key) -> BaselineBatch:
-        del law, length
+    def batch(self, law: Law, rows: int, length: int, key: Key, weigh: Weigh | None = None) -> BaselineBatch:
+        del law, length, weigh
         generator = torch.Generator().manual_seed(key[0] * 1_000_003 + key[1])
         return BaselineBatch(self, stratified(rows, generator, torch.float64), key)
 

@@ -3,14 +3,16 @@
 import logging
 import os
 import shutil
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from catmaps.config import Config, flat, to_json
+from catmaps.config import Config, DataConfig, flat, to_json
 from catmaps.errors import UserError
 from catmaps.model import (
     CHECKPOINTS,
@@ -31,10 +33,22 @@ from catmaps.model import (
 from catmaps.network.denoiser import FlowNetwork, smoothed_log_prior
 from catmaps.network.tokens import Network
 from catmaps.text import tokenizers
-from catmaps.text.build import ensure_embedded
 from catmaps.text.manifest import MANIFEST_FILE, load_manifest
-from catmaps.text.shards import sequences, token_counts, verify
+from catmaps.text.shards import sequences
 from catmaps.training import tracking
+from catmaps.training.sources import (
+    Source,
+    cache_folder,
+    check_same,
+    damage,
+    find_shards,
+    find_sources,
+    is_url,
+    pooled,
+    train_counts,
+)
+
+__all__ = ["Outcome", "cache_folder", "find_shards", "restart", "start", "train"]
 
 BEGUN = ".begun"  # while a folder is being made
 START_LAW = "start_clock.safetensors"
@@ -55,19 +69,6 @@ class Outcome:
         return self.step >= self.steps
 
 
-def cache_folder() -> Path:
-    """Where shards of the embedded corpus are kept: $CATMAPS_CACHE, or ~/.cache/catmaps."""
-    return Path(os.environ.get("CATMAPS_CACHE", Path.home() / ".cache" / "catmaps"))
-
-
-def find_shards(config: Config) -> Path:
-    """The run's shard directory; those of the embedded corpus are built at first use."""
-    if config.data.shards is None:
-        return ensure_embedded(cache_folder(), config.data.tokenizer)
-    verify(Path(config.data.shards), hashes=False)
-    return Path(config.data.shards)
-
-
 def start(config: Config, folder: Path) -> Config:
     """Makes the folder of a new run, with its configuration, tokenizer, data manifest and, if distilled, teacher.
 
@@ -81,8 +82,11 @@ def start(config: Config, folder: Path) -> Config:
     if config.published is not None:
         raise UserError(f"run {config.base} was imported: its network is sampled and scored, but not trained")
     tracking.require(config.tracking)
-    shards = find_shards(config)
-    verify(shards)  # hashes too, once: a damaged shard is better found now than as a strange loss
+    sources = find_sources(config)
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1  # several processes share the reading once they have met
+    if alone and (problem := damage(sources)) is not None:
+        raise UserError(problem)  # better found now than as a strange loss
+    shards = pooled(sources)
     tokenizer = tokenizers.load(shards)
     length = config.data.length
     if load_manifest(shards).split("train").tokens < config.training.batch * length:
@@ -103,9 +107,7 @@ def start(config: Config, folder: Path) -> Config:
     else:
         write_tensors(base.network.state_dict(), folder / TEACHER)
         write_law(base.law, folder / START_LAW)
-    draft = folder / f".{CONFIG}.draft"  # other processes wait for the finished file
-    draft.write_text(to_json(config), encoding="utf-8")
-    os.replace(draft, folder / CONFIG)
+    _write_config(config, folder)
     (folder / BEGUN).unlink()
     return config
 
@@ -130,12 +132,44 @@ def restart(config: Config, folder: Path) -> Config:
     return begun
 
 
-def _networks(config: Config, folder: Path, shards: Path) -> tuple[Network, Network, Network | None]:
+def with_steps(config: Config, folder: Path, steps: int) -> Config:
+    """Gives a begun run another number of steps, in its config.json (process 0); the rate follows `optim.rate`.
+
+    Raises:
+        UserError: Fewer steps than the last checkpoint has, or none; or the run's data are a mixture, whose order is
+            laid out for its number of steps.
+    """
+    from catmaps.training.callbacks import record
+    from catmaps.training.checkpoints import complete
+
+    done = max((step for step, _ in complete(folder / CHECKPOINTS)), default=0)
+    if steps < max(1, done):
+        raise UserError(f"{folder} has made {done} steps already: --steps must be at least as many")
+    if config.data.mixture and steps != config.training.steps:
+        raise UserError(f"{folder} reads a mixture, which is laid out for {config.training.steps} steps: keep them")
+    config = replace(config, training=replace(config.training, steps=steps))
+    if int(os.environ.get("RANK", "0")) == 0:
+        _write_config(config, folder)
+        record(folder, done, "steps changed", steps=steps)
+    for _ in range(600):  # other processes wait for the first
+        if read_config(folder) == config:
+            return config
+        time.sleep(0.1)
+    raise UserError(f"process 0 has not written {folder / CONFIG} within a minute")
+
+
+def _write_config(config: Config, folder: Path) -> None:
+    draft = folder / f".{CONFIG}.draft"  # other processes wait for the finished file
+    draft.write_text(to_json(config), encoding="utf-8")
+    os.replace(draft, folder / CONFIG)
+
+
+def _networks(config: Config, folder: Path, sources: tuple[Source, ...]) -> tuple[Network, Network, Network | None]:
     """(in training, moving average, teacher), all alike at the start; initialised from the run's seed."""
     from catmaps.training.parallelize import device_mesh, sharded_networks
 
     torch.manual_seed(config.training.seed)
-    log_prior = smoothed_log_prior(torch.from_numpy(token_counts(shards)).double())
+    log_prior = smoothed_log_prior(torch.from_numpy(train_counts(sources)))
     mesh = device_mesh(config.parallel, best_device())
     if mesh is not None:
         return sharded_networks(config, log_prior, folder / TEACHER if config.base else None, mesh)
@@ -159,45 +193,7 @@ def _networks(config: Config, folder: Path, shards: Path) -> tuple[Network, Netw
     return network, average, teacher
 
 
-def _loader(config: Config, shards: Path) -> Any:
-    """The engine's loader over raw token shards: order by seed and epoch, free of the number of processes."""
-    from olmo_core.data import DataCollator, TokenizerConfig
-    from olmo_core.data.composable import (
-        ComposableDataLoader,
-        ConcatAndChunkInstanceSourceConfig,
-        NumpyDocumentSourceConfig,
-    )
-    from olmo_core.data.types import NumpyDatasetDType
-    from olmo_core.distributed.utils import get_rank, get_world_size
-
-    manifest, world = load_manifest(shards), get_world_size()
-    if config.training.batch % world:
-        raise UserError(f"training.batch {config.training.batch} is not a multiple of the {world} processes")
-    # The engine wants an end-of-text id; alphabets without one get an id that never occurs.
-    eos = manifest.vocab_size if manifest.eos_id is None else manifest.eos_id
-    tokenizer = TokenizerConfig(vocab_size=manifest.vocab_size, eos_token_id=eos, pad_token_id=0)
-    source = NumpyDocumentSourceConfig(
-        source_paths=[str(shards / shard.file) for shard in manifest.split("train").shards],
-        tokenizer=tokenizer,
-        dtype=NumpyDatasetDType(manifest.dtype),
-    )
-    work = str(cache_folder() / "engine")
-    instances = ConcatAndChunkInstanceSourceConfig(sources=[source], sequence_length=config.data.length)
-    return ComposableDataLoader(
-        instances.build(work_dir=work),
-        collator=DataCollator(pad_token_id=0),
-        tokenizer=tokenizer,
-        work_dir=work,
-        global_batch_size=config.training.batch * config.data.length,
-        seed=config.training.seed,
-        dp_world_size=world,
-        dp_rank=get_rank(),
-        num_threads=0,
-        display_source_visualization=False,
-    )
-
-
-def train(folder: Path, *, stop_after: int | None = None) -> Outcome:
+def train(folder: Path, *, stop_after: int | None = None, data: DataConfig | None = None) -> Outcome:
     """Runs the configuration in `folder` to its end, from its last checkpoint if there is one.
 
     SIGINT and SIGTERM save and end it; it can then be resumed.
@@ -205,6 +201,7 @@ def train(folder: Path, *, stop_after: int | None = None) -> Outcome:
     Args:
         folder: Made by `start`.
         stop_after: Saves and ends after this step, as a signal would.
+        data: Where the run's data lie now, if they were moved; kept in its configuration.
     """
     for name in ("olmo_core", "torch.distributed.checkpoint"):  # before the import, which talks as well
         logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised, too
@@ -215,6 +212,8 @@ def train(folder: Path, *, stop_after: int | None = None) -> Outcome:
     from catmaps.training.processes import join_processes, losing_peers
 
     config = read_config(folder)
+    if data is not None:
+        config = replace(config, data=data)
     tracking.require(config.tracking)
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
@@ -229,12 +228,13 @@ def _fit(config: Config, folder: Path, stop_after: int | None) -> Outcome:
 
     from catmaps.training.callbacks import MetricsCallback, StragglerCallback, TrackingCallback, record
     from catmaps.training.checkpoints import CheckpointCallback, Checkpointer, verify_latest
+    from catmaps.training.loader import make_loader
     from catmaps.training.module import FlowTrainModule
 
     training = config.training
-    shards = find_shards(config)
+    sources = _checked_sources(config, folder)
     latest = verify_latest(folder / CHECKPOINTS)
-    module = FlowTrainModule(config, *_networks(config, folder, shards), read_law(folder / START_LAW))
+    module = FlowTrainModule(config, *_networks(config, folder, sources), read_law(folder / START_LAW))
     module.source = folder / CHECKPOINTS / f"step{latest}"
     tracked = TrackingCallback(config=config, folder=folder)
     metrics = MetricsCallback(folder=folder, tracking=tracked)
@@ -252,9 +252,10 @@ def _fit(config: Config, folder: Path, stop_after: int | None) -> Outcome:
             "metrics": metrics,
             "tracking": tracked,
             "stragglers": StragglerCallback(folder=folder),
-            "validation": _validation(config, shards, metrics),
+            "validation": _validation(config, sources, metrics),
+            "bins": _bins(config, sources, folder),
         },
-    ).build(module, _loader(config, shards))
+    ).build(module, make_loader(config, sources))
     trainer.checkpointer = Checkpointer(work_dir=folder / CHECKPOINTS / "work", save_overwrite=True)
     if latest is not None and latest < training.steps and get_rank() == 0:
         record(folder, latest, "resumed", processes=get_world_size())
@@ -265,18 +266,65 @@ def _fit(config: Config, folder: Path, stop_after: int | None) -> Outcome:
     return Outcome(folder, trainer.global_step, training.steps, reason)
 
 
-def _validation(config: Config, shards: Path, metrics: Any) -> Any:
+def _checked_sources(config: Config, folder: Path) -> tuple[Source, ...]:
+    """The run's data, which must be those it was begun with; processes share the reading, and agree.
+
+    Raises:
+        UserError: Names what is missing, damaged or other.
+    """
+    from olmo_core.distributed.utils import all_gather_object, get_rank, get_world_size
+
+    begun = read_config(folder)
+    if list(config.data.mixture.values()) != list(begun.data.mixture.values()):
+        raise UserError(f"{folder} was begun with the weights {list(begun.data.mixture.values())}: give the same ones")
+    try:
+        sources = find_sources(config)
+    except UserError as error:
+        places = [str(config.data.shards), *config.data.mixture]
+        if any(not is_url(place) and Path(place).is_dir() for place in places):
+            raise
+        raise UserError(f"{error}; if the data were moved: --resume {folder} --data.shards DIR") from error
+    check_same(folder, pooled(sources), ", ".join(source.place for source in sources))
+    problems = all_gather_object(damage(sources, get_rank(), get_world_size()))
+    if (problem := next((p for p in problems if p is not None), None)) is not None:
+        raise UserError(problem)
+    if config.data != begun.data and get_rank() == 0:
+        _write_config(config, folder)
+    return sources
+
+
+def _validation(config: Config, sources: tuple[Source, ...], metrics: Any) -> Any:
+    """The bound on held-out text."""
     from catmaps.training.callbacks import ValidationCallback
 
-    manifest, training = load_manifest(shards), config.training
-    if "valid" not in manifest.splits or training.evaluate_every == 0:
+    training = config.training
+    tokens, characters = _valid_tokens(config, sources, training.evaluate_sequences)
+    if not len(tokens) or training.evaluate_every == 0:
         return ValidationCallback(every=0, metrics=metrics)
-    valid = manifest.split("valid")
-    tokens = sequences(shards, "valid", config.data.length)
-    tokens = tokens[:: max(1, len(tokens) // training.evaluate_sequences)][: training.evaluate_sequences]
     return ValidationCallback(
-        tokens=torch.from_numpy(tokens),
-        every=training.evaluate_every,
-        characters_per_token=valid.characters / valid.tokens,
-        metrics=metrics,
+        tokens=tokens, every=training.evaluate_every, characters_per_token=characters / len(tokens), metrics=metrics
     )
+
+
+def _bins(config: Config, sources: tuple[Source, ...], folder: Path) -> Any:
+    from catmaps.training.bins import SEQUENCES, BinsCallback
+
+    tokens, _ = _valid_tokens(config, sources, min(SEQUENCES, config.training.micro_batch))
+    if not len(tokens) or config.training.evaluate_every == 0:
+        return BinsCallback(folder=folder)
+    return BinsCallback(folder=folder, tokens=tokens, every=config.training.evaluate_every)
+
+
+def _valid_tokens(config: Config, sources: tuple[Source, ...], count: int) -> tuple[torch.Tensor, float]:
+    """So many validation texts, or all there are, evenly spread, with the sum of their characters per token.
+
+    Of a mixture, as many of each directory as its weight asks for; none where no directory holds any out.
+    """
+    held = [source for source in sources if "valid" in source.manifest.splits]
+    rows, characters = [np.zeros((0, config.data.length), dtype=np.int64)], 0.0
+    for source in held:
+        wanted = max(1, round(count * source.weight / sum(other.weight for other in held)))
+        tokens, valid = sequences(source.local, "valid", config.data.length), source.manifest.split("valid")
+        rows.append(tokens[:: max(1, len(tokens) // wanted)][:wanted])
+        characters += len(rows[-1]) * valid.characters / valid.tokens
+    return torch.from_numpy(np.concatenate(rows)), characters

@@ -127,7 +127,7 @@ def test_nothing_to_build(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["train-00001.bin", "boundaries-train.u64"])
+@pytest.mark.parametrize("name", ["train-00001.bin", "boundaries-train.u64", "counts-train.u64"])
 def test_damage_is_refused_by_name(tmp_path: Path, name: str) -> None:
     made(tmp_path / "s", Text8Tokenizer(), ["one two", "three four", "five"], tokens_per_shard=5)
     file = tmp_path / "s" / name
@@ -157,8 +157,36 @@ def test_damaged_tokenizer_is_refused(tmp_path: Path) -> None:
         verify(tmp_path / "s", hashes=False)
 
 
+def without_counts(directory: Path) -> None:
+    """Makes shards what earlier versions wrote."""
+    file = directory / "manifest.json"
+    content = json.loads(file.read_text())
+    for split in content["splits"].values():
+        (directory / split.pop("counts")).unlink()
+        del split["counts_sha256"]
+    file.write_text(json.dumps(content))
+
+
+def test_shards_of_earlier_versions_are_counted(tmp_path: Path) -> None:
+    made(tmp_path / "s", ByteTokenizer(), ["né", "ab" * 40], tokens_per_shard=4)
+    counts = token_counts(tmp_path / "s")
+    without_counts(tmp_path / "s")
+    assert verify(tmp_path / "s").split("train").counts is None
+    assert token_counts(tmp_path / "s").tolist() == counts.tolist()
+
+
+def test_counts_of_something_else_are_refused(tmp_path: Path) -> None:
+    made(tmp_path / "s", ByteTokenizer(), ["né"])
+    file = tmp_path / "s" / "counts-train.u64"
+    file.write_bytes(file.read_bytes()[::-1])
+    with pytest.raises(UserError, match=r"counts-train\.u64 is damaged"):
+        token_counts(tmp_path / "s")
+
+
 def test_id_outside_the_vocabulary_is_found(tmp_path: Path) -> None:
     made(tmp_path / "s", Text8Tokenizer(), ["one"])
+    without_counts(tmp_path / "s")
+    assert token_counts(tmp_path / "s").sum() == 3
     (tmp_path / "s" / "train-00000.bin").write_bytes(np.array([1, 99, 2], "<u2").tobytes())
     with pytest.raises(UserError, match=r"train-00000\.bin is damaged: id 99"):
         token_counts(tmp_path / "s")

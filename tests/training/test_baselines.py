@@ -25,6 +25,7 @@ from catmaps.text.build import build_shards
 from catmaps.text.corpus import Document
 from catmaps.text.shards import sequences
 from catmaps.text.tokenizers import Text8Tokenizer
+from catmaps.training.sources import find_sources
 from catmaps.training.train import START_LAW, train
 
 pytest.importorskip("olmo_core")
@@ -101,14 +102,15 @@ def test_a_run_comes_back_and_bf16_and_validation_work(family: Name, tmp_path: P
 
 def test_the_dry_run_changes_no_state(tmp_path: Path, shards: Path) -> None:
     from catmaps.model import read_law
+    from catmaps.training.loader import make_loader
     from catmaps.training.module import FlowTrainModule
-    from catmaps.training.train import _loader, _networks
+    from catmaps.training.train import _networks
 
     config = of("uniform", shards)
     folder = began(config, tmp_path / "run")
-    module = FlowTrainModule(config, *_networks(config, folder, shards), read_law(folder / START_LAW))
+    module = FlowTrainModule(config, *_networks(config, folder, find_sources(config)), read_law(folder / START_LAW))
     before, rng = {k: v.clone() for k, v in module.network.state_dict().items()}, torch.get_rng_state()
-    loader = _loader(config, shards)
+    loader = make_loader(config, find_sources(config))
     loader.reshuffle(1)
     module.train_batch(loader.get_mock_batch(), dry_run=True)
     assert all(torch.equal(before[name], value) for name, value in module.network.state_dict().items())

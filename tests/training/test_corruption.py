@@ -69,6 +69,9 @@ RESUMED: list[tuple[str, Damage, str]] = [
     ("run/metrics.jsonl", first_line, r"run/metrics\.jsonl is damaged in line 1; remove"),
     ("shards/manifest.json", truncated, r"shards.*manifest"),
     ("shards/train-00000.bin", truncated, r"shards/train-00000\.bin"),
+    ("shards/train-00000.bin", flipped, r"shards/train-00000\.bin is damaged \(its sha256"),
+    ("shards/valid-00000.bin", flipped, r"shards/valid-00000\.bin is damaged \(its sha256"),
+    ("run/manifest.json", removed, r"run/manifest\.json is missing: copy the run's folder again"),
     ("shards/train-00000.bin", removed, r"shards/train-00000\.bin is missing"),
 ]
 STARTED: list[tuple[str, Damage, str]] = [

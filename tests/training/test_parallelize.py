@@ -29,6 +29,7 @@ from catmaps.model import MODEL, load_run, network_of, read_law
 from catmaps.network.denoiser import FlowNetwork, uniform_log_prior
 from catmaps.network.embedding import BeliefEmbedding
 from catmaps.network.published import PublishedNetwork
+from catmaps.training.sources import find_sources
 from catmaps.training.train import START_LAW, _networks, train
 
 pytest.importorskip("olmo_core")
@@ -203,7 +204,7 @@ def test_reads_without_gradient_see_the_weights_of_the_present(tmp_path: Path, s
 def test_rows_of_others_add_calls_and_nothing_else(tmp_path: Path, shards: Path, base_run: Path) -> None:
     folder = began(tiny_kind("psd", shards, base_run), tmp_path / "run")
     config = tiny_kind("psd", shards, base_run)
-    module = FlowTrainModule(config, *_networks(config, folder, shards), read_law(folder / START_LAW))
+    module = FlowTrainModule(config, *_networks(config, folder, find_sources(config)), read_law(folder / START_LAW))
     batch = module.objective.batch(module.law, 16, 16, (0, 1))
     tokens = torch.randint(27, (2, 16), generator=torch.Generator().manual_seed(0))
     role = batch.whole.role  # pyright: ignore[reportAttributeAccessIssue]

@@ -113,8 +113,9 @@ def test_flops_are_those_that_torch_counts(network: NetworkConfig, v: int, lengt
 @pytest.mark.parametrize("mixture", [name for name in MIXTURES if name not in ("joint", "distill")])
 def test_flops_in_tiles(mixture: str) -> None:
     objective, teacher = MIXTURES[mixture]
-    ours = planned(*SIZES[0], objective, teacher, 4)
-    assert ours == pytest.approx(counted(*SIZES[0], objective, teacher, 4), rel=0.03)
+    network, _, length = SIZES[0]  # of a vocabulary at which tables weigh as much as blocks
+    ours = planned(network, 600, length, objective, teacher, 4)
+    assert ours == pytest.approx(counted(network, 600, length, objective, teacher, 4), rel=0.01)
 
 
 @pytest.mark.parametrize("skip", [True, False])

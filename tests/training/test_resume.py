@@ -18,8 +18,8 @@ from tiny_runs import began, distilled, losses, make_shards, rows, saved, state,
 import catmaps
 from catmaps import cli
 from catmaps.errors import UserError
-from catmaps.model import CHECKPOINTS, CLOCK, METRICS
-from catmaps.training.train import START_LAW, train
+from catmaps.model import CHECKPOINTS, CLOCK, METRICS, read_config
+from catmaps.training.train import START_LAW, train, with_steps
 
 
 def assert_the_same(folder: Path, whole: Path, step: int = 20) -> None:
@@ -27,7 +27,7 @@ def assert_the_same(folder: Path, whole: Path, step: int = 20) -> None:
     ours, theirs = state(folder, step), state(whole, step)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-    assert {name.split(".")[0] for name in ours} == {"model", "average", "optim", "clock", "guard"}
+    assert {name.split(".")[0] for name in ours} == {"model", "average", "optim", "clock", "guard", "moments"}
     assert saved(folder) == saved(whole)
     assert rows(folder) == rows(whole)
 
@@ -43,6 +43,17 @@ def test_ten_and_ten_steps_are_twenty(kind: str, tmp_path: Path, shards: Path, b
     assert train(halves).complete
     assert_the_same(halves, trained(config, tmp_path / "whole"))
     assert saved(halves) != early
+
+
+def test_a_run_may_be_given_another_number_of_steps(tmp_path: Path, shards: Path) -> None:
+    """Before the decay of either begins they are one run: 40 steps stopped at 10 and made 20 are 20 from the start."""
+    longer = began(tiny(shards, steps=40), tmp_path / "run")
+    train(longer, stop_after=10)
+    assert with_steps(read_config(longer), longer, 20) == read_config(longer) == tiny(shards)
+    assert train(longer).complete
+    assert_the_same(longer, trained(tiny(shards), tmp_path / "whole"))
+    with pytest.raises(UserError, match="has made 20 steps already"):
+        with_steps(read_config(longer), longer, 19)
 
 
 @pytest.mark.parametrize("kind", ["muon", "psd"])

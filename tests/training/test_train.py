@@ -5,7 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -35,7 +35,8 @@ from catmaps.model import METRICS, MODEL, TEACHER, load_run, read_config, read_l
 from catmaps.text.manifest import load_manifest
 from catmaps.text.shards import load_tokens
 from catmaps.text.tokenizers import ByteTokenizer
-from catmaps.training.train import START_LAW, _loader, _networks, start, train
+from catmaps.training.sources import find_sources
+from catmaps.training.train import START_LAW, _networks, start, train
 
 pytest.importorskip("olmo_core")
 
@@ -142,7 +143,7 @@ def test_tiles_do_not_change_a_training(
 def test_distillation_starts_from_exactly_its_base(tmp_path: Path, shards: Path, base_run: Path) -> None:
     folder = began(distilled(base_run, tiny(shards, steps=2)), tmp_path / "map")
     assert (folder / TEACHER).read_bytes() == (base_run / MODEL).read_bytes()
-    network, average, teacher = _networks(read_config(folder), folder, shards)
+    network, average, teacher = _networks(read_config(folder), folder, find_sources(read_config(folder)))
     assert teacher is not None
     base = weights(base_run)
     for net in (network, average, teacher):
@@ -174,10 +175,10 @@ def test_the_dry_run_changes_no_state(tmp_path: Path, shards: Path, base_run: Pa
     for kind in ("base", "psd"):
         config = tiny_kind(kind, shards, base_run)
         folder = began(config, tmp_path / kind)
-        module = FlowTrainModule(config, *_networks(config, folder, shards), read_law(folder / START_LAW))
+        module = FlowTrainModule(config, *_networks(config, folder, find_sources(config)), read_law(folder / START_LAW))
         before = flat(module.state_dict())
         rng = torch.get_rng_state()
-        module.train_batch(_loader_batch(config, shards), dry_run=True)
+        module.train_batch(_loader_batch(config), dry_run=True)
         after = flat(module.state_dict())
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
@@ -185,8 +186,10 @@ def test_the_dry_run_changes_no_state(tmp_path: Path, shards: Path, base_run: Pa
         assert torch.equal(rng, torch.get_rng_state())
 
 
-def _loader_batch(config: Config, shards: Path) -> dict[str, torch.Tensor]:
-    loader = _loader(config, shards)
+def _loader_batch(config: Config) -> dict[str, torch.Tensor]:
+    from catmaps.training.loader import make_loader
+
+    loader = make_loader(config, find_sources(config))
     loader.reshuffle(1)
     return loader.get_mock_batch()
 
@@ -281,6 +284,20 @@ def test_start_refuses_a_base_in_parts(missing: str, tmp_path: Path, shards: Pat
 
 
 def test_a_batch_must_divide_among_the_processes(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("olmo_core.distributed.utils.get_world_size", lambda: 3)
+    from catmaps.training.loader import make_loader
+
+    monkeypatch.setattr("catmaps.training.loader.get_world_size", lambda: 3)
     with pytest.raises(UserError, match=r"training\.batch 16 is not a multiple of the 3 processes"):
-        _loader(tiny(shards), shards)
+        make_loader(tiny(shards), find_sources(tiny(shards)))
+
+
+@pytest.mark.parametrize("weighting", ["likelihood", "snr", "learned", "inverse_variance"])
+def test_weighted_times_train_and_resume_to_the_bit(tmp_path: Path, shards: Path, weighting: Any) -> None:
+    config = tiny(shards, steps=60)
+    config = replace(config, objective=replace(config.objective, weighting=weighting))
+    halves = began(config, tmp_path / "halves")
+    train(halves, stop_after=40)
+    assert train(halves).complete
+    whole = trained(config, tmp_path / "whole")
+    assert losses(halves).tolist() == losses(whole).tolist()
+    assert losses(whole).tolist() != losses(trained(tiny(shards, steps=60), tmp_path / "unit")).tolist()

@@ -1,0 +1,1 @@
+"""Studies: grids of small trainings described in JSON, run, measured, compared."""
