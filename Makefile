@@ -8,7 +8,7 @@ RUNS ?= runs
 PROCESSES ?= $(shell n=$$(nproc 2>/dev/null || echo 1); if [ $$n -ge 4 ]; then echo 4; else echo $$n | sed 's/3/2/'; fi)
 TRAIN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m catmaps
 
-.PHONY: quickstart test lint install install-dev clean
+.PHONY: quickstart test lint docs install install-dev clean
 
 # torch first and pinned: where a CPU build is at hand, pip takes it instead of gigabytes of CUDA.
 $(BIN)/python:
@@ -23,7 +23,7 @@ $(VENV)/.train: pyproject.toml $(VENV)/.torch
 	touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.train
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[train,report,scale,eval,serve,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[train,report,scale,eval,serve,track,docs,dev]"
 	touch $@
 
 install: $(VENV)/.train
@@ -40,6 +40,10 @@ lint: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# The site, in build/site: open index.html there. A test builds it as well.
+docs: install-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -167,6 +167,16 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where metrics.jsonl is repeated (docs/tracking.md)."""
+
+    to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """TensorBoard, Weights & Biases or Trackio; each is a package: pip install 'catmaps[track]'."""
+    project: str = "catmaps"
+    """Of wandb and trackio."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """All of a run."""
 
@@ -182,6 +192,7 @@ class Config:
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     published: Annotated[PublishedConfig | None, tyro.conf.Suppress] = None
     """Whose architecture the network has, if it was imported."""
 
@@ -209,6 +220,9 @@ ADDED: dict[str, Any] = {
     "parallel.shard_degree": None,
     "parallel.checkpoint_activations": False,
     "parallel.timeout": 600,
+    "tracking": {},
+    "tracking.to": "none",
+    "tracking.project": "catmaps",
 }
 """Fields that files of earlier versions lack, with what those runs were."""
 

@@ -26,6 +26,9 @@ OPTIONAL = {
     "starlette",
     "pydantic",
     "uvicorn",
+    "tensorboard",
+    "trackio",
+    "wandb",
 }  # extras: a bare install must import every module
 WRAPPERS = {"hub/modeling.py", "hub/generating.py"}  # transformers' classes: imported by users of transformers alone
 STEPS = "text/steps.py"  # datatrove's classes: imported by who runs its pipelines alone

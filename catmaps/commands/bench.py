@@ -9,10 +9,7 @@ from catmaps.cli import parse
 
 @dataclass(frozen=True)
 class Bench:
-    """Speed and memory on this machine, beside a plain dense reference, in ratios of one run.
-
-    Examples: catmaps bench --suite step; catmaps bench --suite sample --out benchmarks/results/sample.json
-    """
+    """Speed and memory on this machine, beside a plain dense reference, in ratios of one run."""
 
     suite: str = "step"
     """step, distill, sample, score, vocab, length or width."""

@@ -18,8 +18,6 @@ class Build:
     """Token shards from text files (.txt, .jsonl, .parquet; folders are searched).
 
     Whole documents go to train, valid and test by a hash of their name.
-
-    Example: catmaps data build novels/ --tokenizer bpe:4096 --out shards
     """
 
     paths: tyro.conf.Positional[tuple[Path, ...]]

@@ -14,8 +14,6 @@ class Eval:
     """Standard benchmarks of a run by lm-eval, scored with the conditional bound of its flow (a map's diagonal).
 
     What the figures mean, and what is done with long prompts: docs/evaluation.md.
-
-    Examples: catmaps eval runs/base --tasks piqa arc_easy; catmaps eval runs/base --offline-tasks --limit 200
     """
 
     run_: tyro.conf.Positional[Path]

@@ -16,9 +16,6 @@ class Export:
 
     `catmaps sample` and `catmaps score` take the directory in place of the run. With --format run it is a run's folder
     without checkpoints and teacher, to be passed on to users of catmaps.
-
-    Example: catmaps export runs/map --out my-map
-    Example: catmaps export runs/map --out my-map --format run --half
     """
 
     run_: tyro.conf.Positional[Path]

@@ -18,8 +18,6 @@ class Frontier:
     Writes frontier.csv, frontier.json and frontier.png. Rows in the CSV are not drawn again: interrupt and repeat the
     command at will, add temperatures or steps. A low temperature flatters any model, so curves are also read at the
     token entropy of held-out text, where they reach it.
-
-    Example: catmaps frontier runs/map --base runs/base --judge smollm2
     """
 
     run_: tyro.conf.Positional[Path]

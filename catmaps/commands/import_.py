@@ -15,8 +15,6 @@ class Import:
 
     flm: FLM and FMLM (david3684/FLM-B-LM1B, FLM-B-OWT, FMLM-B-LM1B, FMLM-B-OWT). semicat: the text models of CFM
     (olsdavis/semicat, network DIT), as safetensors or as a .ckpt of plain tensors. Code in a checkpoint is never run.
-
-    Example: catmaps import david3684/FMLM-B-LM1B --format flm --out runs/fmlm
     """
 
     source: tyro.conf.Positional[str]

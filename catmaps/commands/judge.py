@@ -14,9 +14,6 @@ class JudgeText:
     """What a causal language model says of texts: bits per character and gen-PPL, with the figures that betray tricks.
 
     Repetition lowers perplexity: read the figures beside those of real text of the same length (--reference).
-
-    Examples: catmaps judge --fetch; catmaps sample runs/map --json > own.json; catmaps judge own.json --reference
-    novel.txt; catmaps judge own.json --judge gpt2-large
     """
 
     files: tyro.conf.Positional[tuple[Path, ...]] = ()

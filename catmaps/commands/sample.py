@@ -21,11 +21,6 @@ if TYPE_CHECKING:
 class Sample:
     """Write texts. A map jumps (renoise, 4 steps); a base is followed (euler, 64 steps), as are baselines (64 steps;
     autoregressive: one call per token). A prompt is gone on from; a text with blanks is filled in.
-
-    Example: catmaps sample
-    Example: catmaps sample runs/map --steps 2 --num 4 --seed 1
-    Example: catmaps sample runs/map --prompt "the king of " --tokens 64
-    Example: catmaps sample runs/map --infill "the king of [[12]] was [[20]] the war"
     """
 
     run_: tyro.conf.Positional[Path] = DEFAULT

@@ -25,10 +25,6 @@ class Score:
     text, and scores L - K. Either way the sum bounds the text as it is written window by window, given its length.
 
     All bounds score the diagonal: the base, sampled ancestrally. The few-step push-forward of a map has no tight bound.
-
-    Examples: catmaps score novel.txt; catmaps score runs/base novel.txt;
-    catmaps score runs/base --split test --windows 1024 --compile;
-    catmaps score runs/base - --lines --out scores.jsonl < lines.txt
     """
 
     run_: tyro.conf.Positional[Path] = BASE

@@ -21,9 +21,6 @@ class Serve:
 
     Only this machine can reach it unless --host says otherwise. Ctrl-C or SIGTERM ends it once what was asked for is
     answered. Limits are the server's promises: what is beyond them is refused with 413, 422, 429 or 503.
-
-    Example: catmaps serve runs/map
-    Example: CATMAPS_API_KEY=... catmaps serve runs/map --host 0.0.0.0 --port 80
     """
 
     run_: tyro.conf.Positional[Path]

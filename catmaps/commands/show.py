@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 class Show:
     """One HTML file on which a text can be watched as it forms, in several numbers of steps side by side: tokens
     coloured by confidence over time, with their alternatives. It needs no server and no network.
-
-    Example: catmaps show runs/map --html flow.html --prompt "the king of "
-    Example: catmaps show runs/map --html flow.html --infill "the king of [[12]] was [[20]] the war" --steps 1 4
     """
 
     run_: tyro.conf.Positional[Path]

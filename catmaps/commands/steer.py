@@ -15,9 +15,6 @@ class Steer:
 
     Rewards: contains:TEXT (each wrong letter of it costs STRENGTH nats), word-length:N (STRENGTH nats per letter that
     the mean word is off), valid-words (STRENGTH nats for all words being words of the training text).
-
-    Example: catmaps steer runs/map --reward contains:castle --num 4
-    Example: catmaps steer runs/map --reward valid-words --strength 20 --infill "the king of [[40]]"
     """
 
     run_: tyro.conf.Positional[Path]

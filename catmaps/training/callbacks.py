@@ -1,8 +1,11 @@
-"""What happens around the steps: metrics as JSONL, a progress line, validation."""
+"""What happens around the steps: metrics as JSONL and to a tracker, a progress line, validation."""
 
+import contextlib
 import json
 import math
+import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median_low
@@ -16,10 +19,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from catmaps.config import Config
 from catmaps.errors import UserError
 from catmaps.model import EVENTS, METRICS
 from catmaps.training.module import FlowTrainModule
 from catmaps.training.parallelize import let_go
+from catmaps.training.tracking import TRACKERS, Tracker
 
 
 def _module(callback: Callback) -> FlowTrainModule:
@@ -28,7 +33,7 @@ def _module(callback: Callback) -> FlowTrainModule:
     return module
 
 
-def record(folder: Path, step: int, event: str, **what: float | int | None) -> None:
+def record(folder: Path, step: int, event: str, **what: str | float | int | None) -> None:
     """A line of events.jsonl: what happened besides steps."""
     with (folder / EVENTS).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"time": round(time.time(), 2), "step": step, "event": event, **what}) + "\n")
@@ -53,12 +58,59 @@ def _summary(rows: list[dict[str, float]], name: str) -> float:
 
 
 @dataclass
+class TrackingCallback(Callback):
+    """Hands the rows of metrics.jsonl to the run's tracker, if it has one; in the first process alone.
+
+    No fault of a tracker ends a training: it is told on stderr and in events.jsonl, and the training goes on without.
+    """
+
+    config: Config = field(default_factory=Config)
+    folder: Path = field(default_factory=Path)
+    _tracker: Tracker | None = None
+    _failed: bool = False
+
+    def pre_train(self) -> None:
+        to = self.config.tracking.to
+        if to != "none" and get_rank() == 0:
+            with self._going_on():
+                self._tracker = TRACKERS[to](self.config, self.folder, self.step)
+
+    def write(self, step: int, row: dict[str, float | int]) -> None:
+        """Repeats a row of metrics.jsonl."""
+        if self._tracker is not None:
+            with self._going_on():
+                self._tracker.write(step, {name: value for name, value in row.items() if name != "step"})
+
+    def on_error(self, exc: BaseException) -> None:
+        del exc
+        self._failed = True
+
+    def close(self) -> None:
+        if self._tracker is not None:
+            with self._going_on():
+                self._tracker.close(self._failed)
+        self._tracker = None
+
+    @contextlib.contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """A tracker may fail in any way, of which none is worth a training."""
+        try:
+            yield
+        except Exception as error:
+            self._tracker = None
+            what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            sys.stderr.write(f"catmaps: tracking by {self.config.tracking.to} ended, training goes on: {what}\n")
+            record(self.folder, self.step, "tracking ended", error=what)
+
+
+@dataclass
 class MetricsCallback(Callback):
     """Appends to metrics.jsonl, every `log_every` steps, the means since the last line. Shows progress."""
 
     folder: Path = field(default_factory=Path)
     bounded: set[int] = field(default_factory=set)
     """Steps whose likelihood bound is on record."""
+    tracking: TrackingCallback = field(default_factory=TrackingCallback)
     _pending: list[dict[str, float]] = field(default_factory=list)
     _began: float = 0.0
     _before: float = 0.0
@@ -110,6 +162,7 @@ class MetricsCallback(Callback):
         row = {"step": step, "tokens": tokens, "seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), **values}
         with (self.folder / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        self.tracking.write(step, row)
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         own = {name: value for name, value in metrics.items() if "/" not in name}

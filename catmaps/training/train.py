@@ -35,6 +35,7 @@ from catmaps.network.tokens import Network
 from catmaps.text import tokenizers
 from catmaps.text.manifest import MANIFEST_FILE, load_manifest
 from catmaps.text.shards import sequences
+from catmaps.training import tracking
 from catmaps.training.sources import (
     Source,
     cache_folder,
@@ -72,7 +73,7 @@ def start(config: Config, folder: Path) -> Config:
     """Makes the folder of a new run, with its configuration, tokenizer, data manifest and, if distilled, teacher.
 
     Raises:
-        UserError: The folder exists or cannot be made, or data and base do not fit.
+        UserError: The folder exists or cannot be made, data and base do not fit, or a tracker is not installed.
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(
@@ -80,6 +81,7 @@ def start(config: Config, folder: Path) -> Config:
         )
     if config.published is not None:
         raise UserError(f"run {config.base} was imported: its network is sampled and scored, but not trained")
+    tracking.require(config.tracking)
     sources = find_sources(config)
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1  # several processes share the reading once they have met
     if alone and (problem := damage(sources)) is not None:
@@ -212,6 +214,7 @@ def train(folder: Path, *, stop_after: int | None = None, data: DataConfig | Non
     config = read_config(folder)
     if data is not None:
         config = replace(config, data=data)
+    tracking.require(config.tracking)
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
     with losing_peers(folder):
@@ -223,7 +226,7 @@ def _fit(config: Config, folder: Path, stop_after: int | None) -> Outcome:
     from olmo_core.distributed.utils import get_rank, get_world_size
     from olmo_core.train import Duration, TrainerConfig
 
-    from catmaps.training.callbacks import MetricsCallback, StragglerCallback, record
+    from catmaps.training.callbacks import MetricsCallback, StragglerCallback, TrackingCallback, record
     from catmaps.training.checkpoints import CheckpointCallback, Checkpointer, verify_latest
     from catmaps.training.loader import make_loader
     from catmaps.training.module import FlowTrainModule
@@ -233,7 +236,8 @@ def _fit(config: Config, folder: Path, stop_after: int | None) -> Outcome:
     latest = verify_latest(folder / CHECKPOINTS)
     module = FlowTrainModule(config, *_networks(config, folder, sources), read_law(folder / START_LAW))
     module.source = folder / CHECKPOINTS / f"step{latest}"
-    metrics = MetricsCallback(folder=folder)
+    tracked = TrackingCallback(config=config, folder=folder)
+    metrics = MetricsCallback(folder=folder, tracking=tracked)
     trainer = TrainerConfig(
         save_folder=str(folder / CHECKPOINTS),
         work_dir=str(folder / CHECKPOINTS / "work"),
@@ -246,6 +250,7 @@ def _fit(config: Config, folder: Path, stop_after: int | None) -> Outcome:
         callbacks={
             "checkpointer": CheckpointCallback(folder, config),
             "metrics": metrics,
+            "tracking": tracked,
             "stragglers": StragglerCallback(folder=folder),
             "validation": _validation(config, sources, metrics),
             "bins": _bins(config, sources, folder),
