@@ -37,6 +37,16 @@ def quickstart() -> Config:
     return replace(base, optimiser=replace(base.optimiser, ema=0.99), training=replace(base.training, steps=1500))
 
 
+def letters() -> Config:
+    """The base of the package (`letters-base`): `small` with neighbours, on more text. About an hour on 2 cores."""
+    base = small()
+    return replace(
+        base,
+        network=replace(base.network, neighbours=3),
+        training=replace(base.training, steps=3400, batch=64, micro_batch=32, save_every=250),
+    )
+
+
 def _scaled(width: int, blocks: int, heads: int, batch: int, steps: int, lr: float) -> Config:
     """Subword text at length 1,024. The processes of a machine share a copy, machines have one each."""
     return Config(
@@ -85,15 +95,26 @@ def distill_quickstart(base: Config) -> Config:
     return _distilled(base, steps=400)
 
 
+def distill_letters(base: Config) -> Config:
+    """The map of the package (`letters`), from `letters-base`."""
+    config = _distilled(base, steps=700)
+    return replace(config, training=replace(config.training, batch=32, micro_batch=16))
+
+
 PRESETS: dict[str, Callable[[], Config]] = {
     "tiny": tiny,
     "small": small,
     "quickstart": quickstart,
+    "letters": letters,
     "130m": p130m,
     "400m": p400m,
     "1.7b": p1700m,
 }
-DISTILLATIONS: dict[str, Callable[[Config], Config]] = {"distill": distill, "quickstart": distill_quickstart}
+DISTILLATIONS: dict[str, Callable[[Config], Config]] = {
+    "distill": distill,
+    "quickstart": distill_quickstart,
+    "letters": distill_letters,
+}
 
 
 def distilled(source: str, preset: str) -> Config:
