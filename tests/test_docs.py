@@ -119,7 +119,7 @@ def test_the_site_builds_strictly_and_needs_no_other(tmp_path: Path) -> None:
     site = tmp_path / "site"
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)]
     surroundings = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(build, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(build, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     pages = {page.relative_to(site).as_posix(): page.read_text(encoding="utf-8") for page in site.rglob("*.html")}
     assert {"index.html", "tutorial.html", "concepts.html", "api/flow.html"} <= pages.keys()
@@ -162,7 +162,7 @@ def test_the_tutorial_runs_from_end_to_end(tmp_path: Path) -> None:
         env=surroundings,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(list((tmp_path / "texts").iterdir())) == 134
