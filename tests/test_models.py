@@ -87,4 +87,4 @@ def test_models_that_come_along_are_whole() -> None:
         assert all((folder / file).is_file() for file in ("README.md", "metrics.jsonl", "manifest.json"))
         assert run.config.data.shards is None
         assert "/" not in (run.config.base or "")
-    # assert {str(models.DEFAULT), str(models.BASE)} <= set(models.names())
+    assert {str(models.DEFAULT), str(models.BASE)} <= set(models.names())

@@ -7,9 +7,25 @@ from catmaps.text.manifest import MANIFEST_FILE, load_manifest
 
 
 def model_card(run: Run, name: str, licence: str | None) -> str:
-    """README.md, with the Hub's front matter."""
+    """README.md of an exported directory, with the Hub's front matter."""
     parts = [_front_matter(run, licence), f"# {name}", _what(run), _table(run), _use(run, name), LIMITS]
     return "\n\n".join(parts) + "\n"
+
+
+def run_card(run: Run, name: str, licence: str | None) -> str:
+    """README.md of a run that is passed on."""
+    use = f"## Use\n\n```\ncatmaps sample {name}\ncatmaps score {name} text.txt\n```"
+    terms = [] if licence is None else [f"Licence of the weights: {licence}."]
+    return "\n\n".join([f"# {name}", _what(run), _table(run), _recipe(run), use, LIMITS, *terms]) + "\n"
+
+
+def _recipe(run: Run) -> str:
+    config = run.config
+    origin = "from scratch" if config.base is None else f"distilled from `{config.base}`"
+    preset = f", preset `{config.preset}`" if config.preset else ""
+    return (
+        f"Trained {origin}{preset}, seed {config.training.seed}; config.json has all options, metrics.jsonl the curve."
+    )
 
 
 def _front_matter(run: Run, licence: str | None) -> str:

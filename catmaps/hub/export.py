@@ -15,7 +15,7 @@ from torch import Tensor
 from catmaps.config import HUB_TYPE, Config, to_json
 from catmaps.errors import UserError
 from catmaps.generation import default_sampling
-from catmaps.hub.card import model_card
+from catmaps.hub.card import model_card, run_card
 from catmaps.model import CLOCK, CONFIG, HUB_PREFIX, METRICS, MODEL, Run, halved, write_law, write_tensors
 from catmaps.text import tokenizers
 from catmaps.text.fast import fast
@@ -69,7 +69,7 @@ def export_run(run: Run, out: Path, *, licence: str | None = None, half: bool = 
     for name in (MANIFEST_FILE, METRICS):
         if (run.path / name).is_file():
             shutil.copy(run.path / name, out / name)
-    (out / CARD).write_text(model_card(run, out.name, licence), encoding="utf-8")
+    (out / CARD).write_text(run_card(run, out.name, licence), encoding="utf-8")
     return sorted(out.iterdir())
 
 
