@@ -154,9 +154,9 @@ def test_common_random_numbers_make_differences_sharper(integrand: Integrand) ->
 def test_common_draws_of_one_text_are_the_same() -> None:
     tokens = CHAIN.sample(1, seeded(14)).expand(5, 8)
     bound = nelbo(FlowMap(CHAIN), tokens, warp(4), generator=seeded(15), dtype=F64, common=True)
-    assert bound.nats.unique().numel() == 1
+    torch.testing.assert_close(bound.nats, bound.nats[:1].expand(5))  # equal rows of a product may round differently
     apart = nelbo(FlowMap(CHAIN), tokens, warp(4), generator=seeded(15), dtype=F64)
-    assert apart.nats.unique().numel() == 5
+    assert apart.nats.sort().values.diff().min() > 1e-6
 
 
 def test_pilot_finds_a_law_of_small_variance() -> None:

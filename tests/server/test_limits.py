@@ -76,7 +76,7 @@ def test_what_takes_too_long_answers_503(map_run: Path, slow: Slow) -> None:
         assert server.service.active == 0
         slow.go.set()
         until(lambda: server.service.batcher.queued == 0)
-        assert server.ask(prompt="the").status_code == 200
+        until(lambda: server.ask(prompt="the").status_code == 200)  # a busy machine may take longer once more
 
 
 def test_what_a_client_leaves_is_not_drawn(map_run: Path, slow: Slow) -> None:
