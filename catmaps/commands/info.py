@@ -22,9 +22,10 @@ class Info:
 
     def run(self) -> dict[str, Any]:
         from catmaps.model import load_run
+        from catmaps.models import located
         from catmaps.presets import PRESETS
 
-        if str(self.run_) in PRESETS and not self.run_.exists():
+        if str(self.run_) in PRESETS and not located(self.run_).exists():
             config, name = PRESETS[str(self.run_)](), f"preset {self.run_}"
             body, words = count_parameters(config.network, self.vocabulary)
             facts: dict[str, Any] = {"vocabulary": self.vocabulary}

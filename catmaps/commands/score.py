@@ -111,10 +111,11 @@ def describe(label: str, said: dict[str, Any], normalised: int, kind: str) -> No
         next(value for key, value in said.items() if key.endswith(ending) and not key.startswith("stderr"))
         for ending in ("_bits_per_char", "_perplexity_per_token", "_nats")
     )
+    over_windows = f", {said['stderr_bits_per_char_windows']:.4f} over windows" if said["windows"] > 1 else ""
     over_texts = f", {said['stderr_bits_per_char_texts']:.4f} over texts" if 1 < said["texts"] < said["windows"] else ""
     print(
         f"{label} {rate:.4f} bits/char ({kind}), s.e. {said['stderr_bits_per_char_monte_carlo']:.4f} from "
-        f"sampling, {said['stderr_bits_per_char_windows']:.4f} over windows{over_texts}"
+        f"sampling{over_windows}{over_texts}"
     )
     print(
         f"{nats:.1f} nats, {said['characters']} characters, {said['bytes']} bytes, {said['tokens']} tokens in "
