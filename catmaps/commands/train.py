@@ -89,16 +89,6 @@ class Start:
         return _train(self.out, self.config)
 
 
-@dataclass(frozen=True)
-class From:
-    """Arguments of `catmaps distill` that come before its configuration."""
-
-    from_: Annotated[Path, tyro.conf.arg(name="from")]
-    """The base run to distil."""
-    preset: str = "distill"
-    """distill, or quickstart for a shorter one."""
-
-
 def read(name: str, args: list[str]) -> Resume | Start:
     """Parses either command; the preset, or the base's configuration, supplies the defaults."""
     prog = f"catmaps {name}"

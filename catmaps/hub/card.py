@@ -21,11 +21,9 @@ def run_card(run: Run, name: str, licence: str | None) -> str:
 
 def _recipe(run: Run) -> str:
     config = run.config
-    origin = "from scratch" if config.base is None else f"distilled from `{config.base}`"
+    origin = "Trained from scratch" if config.base is None else f"Distilled from `{config.base}`"
     preset = f", preset `{config.preset}`" if config.preset else ""
-    return (
-        f"Trained {origin}{preset}, seed {config.training.seed}; config.json has all options, metrics.jsonl the curve."
-    )
+    return f"{origin}{preset}, seed {config.training.seed}; config.json has all options, metrics.jsonl the curve."
 
 
 def _front_matter(run: Run, licence: str | None) -> str:
