@@ -19,6 +19,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,24 +140,29 @@ def slope(points: list[tuple[float, float]]) -> float:
     return line.slope * 3600
 
 
-def served(args: argparse.Namespace, window: int) -> tuple[Load, float]:
-    """The load, and the mean rows of a batch."""
-    command = [sys.executable, "-m", "catmaps", "serve", str(args.run), "--port", "0", "--json"]
+@contextmanager
+def serving(run: Path) -> Iterator[str]:
+    """A server of its own; its address."""
+    command = [sys.executable, "-m", "catmaps", "serve", str(run), "--port", "0", "--json"]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stderr is not None
-        url = server.stderr.readline().split()[3]
-        asyncio.run(drive(url, args.clients, 3.0, window, args.steps))  # everything is touched once
-        load = asyncio.run(drive(url, args.clients, args.seconds, window, args.steps))
-        said = metrics(url)
-        rows = value(said, "catmaps_batch_rows_sum") / value(said, "catmaps_batch_rows_count")
+        yield server.stderr.readline().split()[3]
         server.send_signal(signal.SIGTERM)
         server.communicate(timeout=60)
     finally:
         server.kill()
     if server.returncode != 0:
         raise SystemExit(f"the server ended with status {server.returncode}")
-    return load, rows
+
+
+def served(args: argparse.Namespace, window: int) -> tuple[Load, float]:
+    """The load, and the mean rows of a batch."""
+    with serving(args.run) as url:
+        asyncio.run(drive(url, args.clients, 3.0, window, args.steps))  # everything is touched once
+        load = asyncio.run(drive(url, args.clients, args.seconds, window, args.steps))
+        said = metrics(url)
+    return load, value(said, "catmaps_batch_rows_sum") / value(said, "catmaps_batch_rows_count")
 
 
 def machine(note: str) -> dict[str, Any]:
