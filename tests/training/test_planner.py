@@ -332,7 +332,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan"], "which preset or run?"),
         (["plan", "huge"], "no preset or run huge"),
         (["plan", "small", "--gpu", "tpu"], "no device tpu is known"),
-        (["plan", "small", "--gpus", "7"], "try 28 or 35"),
+        (["plan", "small", "--gpus", "7"], "try 63 or 70"),
         (["plan", "small", "--tokens", "lots"], "--tokens 'lots'"),
         (["plan", "small", "--vocabulary", "1"], "--vocabulary must be at least 2"),
         (["plan", "small", "--family", "masked"], "plan knows flows"),
