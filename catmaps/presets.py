@@ -39,6 +39,13 @@ def quickstart() -> Config:
     return replace(base, optimiser=replace(base.optimiser, ema=0.99), training=training)
 
 
+def words() -> Config:
+    """`small` on a BPE of 4,096, 6.6M parameters: windows of about 500 characters."""
+    base = small()
+    training = replace(base.training, steps=4000, batch=32, micro_batch=16, evaluate_sequences=32)
+    return replace(base, data=DataConfig(tokenizer="bpe:4096", length=128), training=training)
+
+
 def _scaled(width: int, blocks: int, heads: int, batch: int, steps: int, lr: float) -> Config:
     """Subword text at length 1,024. The processes of a machine share a copy, machines have one each."""
     return Config(
@@ -91,6 +98,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "tiny": tiny,
     "small": small,
     "quickstart": quickstart,
+    "words": words,
     "130m": p130m,
     "400m": p400m,
     "1.7b": p1700m,
