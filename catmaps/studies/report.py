@@ -154,8 +154,8 @@ def _others(study: Study, rankings: dict[str, list[Row]]) -> str:
         apart = row.difference is not None and row.difference.p < LEVEL
         return f"{row.mean:.3f}{error}" + (f", {row.verdict}" if apart else "")
 
-    arms = [arm.name for arm in study.arms]
     found = {f"{name} ({_way(rows)})": {row.arm.name: row for row in rows} for name, rows in rankings.items()}
+    arms = [arm.name for arm in study.arms if any(arm.name in rows for rows in found.values())]
     if len(found) > len(arms):  # the longer side goes down the page
         return _markdown(("", *arms), [[name, *(cell(rows.get(arm)) for arm in arms)] for name, rows in found.items()])
     return _markdown(("arm", *found), [[arm, *(cell(rows.get(arm)) for rows in found.values())] for arm in arms])
