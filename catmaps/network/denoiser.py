@@ -251,6 +251,8 @@ class FlowNetwork(nn.Module):
             yield [head, *(Weight(gain, gain) for gain in gains)]
         finally:
             self._leaf = None
+            if torch.is_grad_enabled():  # the loss is done: the cast need not lie beside what the backward pass makes
+                self._cast = KeptCast()
 
     def num_parameters(self) -> tuple[int, int]:
         """(body, vocabulary): parameters outside and inside the two vocabulary tables."""

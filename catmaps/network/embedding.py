@@ -165,12 +165,16 @@ class _WithGram(torch.autograd.Function):
         return table.total, None, None
 
 
+def gram_strips(width: int) -> list[tuple[int, int]]:
+    """Rows (start, stop) that are multiplied at a time, with the first `stop` columns."""
+    few = max(64, width // 8)
+    return [(start, min(start + few, width)) for start in range(0, width, few)]
+
+
 def _lower_gram(weight: Float[Tensor, "d v"]) -> Float[Tensor, "d d"]:
     """The lower triangle of W' W, in strips; what lies far above it stays 0."""
-    width = len(weight)
-    gram, few = weight.new_zeros(width, width), max(64, width // 8)
-    for start in range(0, width, few):
-        stop = min(start + few, width)
+    gram = weight.new_zeros(len(weight), len(weight))
+    for start, stop in gram_strips(len(weight)):
         torch.mm(weight[start:stop], weight[:stop].mT, out=gram[start:stop, :stop])
     return gram
 
