@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from catmaps.weights import Weight, add_gradients
 
-NUMBERS = 31 * 2**18
-"""Default size of a tile: positions x vocabulary, 31 MiB of fp32. A few such tensors live at a time."""
+NUMBERS = 24 * 2**18
+"""Default size of a tile: positions x vocabulary, 24 MiB of fp32. A few such tensors live at a time."""
 
 
 @runtime_checkable
@@ -219,6 +219,9 @@ class Fusion:
     on = False
 
 
+TILE = "tile: "  # begins a kernel's name in profiles
+
+
 def fused(kernel: Callable[P, R]) -> Callable[P, R]:
     """Compiles an elementwise or rowwise kernel while `Fusion.on`; its results are the same up to rounding."""
     compiled: list[Callable[P, R]] = []  # made when it is first wanted: the compiler is slow to import
@@ -229,6 +232,7 @@ def fused(kernel: Callable[P, R]) -> Callable[P, R]:
             return kernel(*args, **kwargs)
         if not compiled:
             compiled.append(torch.compile(kernel, dynamic=True))
-        return compiled[0](*args, **kwargs)
+        with torch.profiler.record_function(f"{TILE}{kernel.__name__}"):
+            return compiled[0](*args, **kwargs)
 
     return call
