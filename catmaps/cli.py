@@ -51,13 +51,14 @@ class Helped(SystemExit):
 
 COMMANDS = {
     "train": Entry(
-        "train a base flow: catmaps train PRESET --out DIR [--part.field value]",
+        "train a base flow: catmaps train PRESET | --from RUN --out DIR [--part.field value]",
         "train",
         (
             "train small --out runs/base",
             "train small --data.shards shards --training.steps 10000 --out runs/own",
             "train small --out runs/base --tracking.to tensorboard",
             "train --resume runs/base",
+            "train --from letters-base --data.shards shards --training.steps 500 --out runs/tuned",
         ),
     ),
     "distill": Entry(

@@ -182,7 +182,9 @@ class Config:
 
     preset: Annotated[str, tyro.conf.Suppress] = ""
     base: Annotated[str | None, tyro.conf.Suppress] = None
-    """The run it was distilled from; None: trained from scratch."""
+    """The run it was distilled from, if it was."""
+    start: Annotated[str | None, tyro.conf.Suppress] = None
+    """The run whose weights it began with; None: with a base's, or random ones."""
     family: Literal["flow", "autoregressive", "masked", "uniform"] = "flow"
     """The flow, or a baseline on the same trunk, to which clock, objective, network.input and network.skip are idle."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -199,12 +201,15 @@ class Config:
     def __post_init__(self) -> None:
         if self.family != "flow" and (self.base is not None or self.objective.off_diagonal > 0):
             raise ValueError(f"family {self.family} has no flow map: leave out base and objective.off_diagonal")
+        if self.base is not None and self.start is not None:
+            raise ValueError("a distilled map begins with its base's weights: leave out start")
 
 
 T = TypeVar("T")
 ADDED: dict[str, Any] = {
     "data.mixture": {},
     "family": "flow",
+    "start": None,
     "objective.final": 0.0,
     "objective.ladder": 0.0,
     "objective.weighting": "unit",

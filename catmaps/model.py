@@ -3,7 +3,8 @@
 A run's folder holds config.json, tokenizer.json, model.safetensors (moving average of the weights), clock.safetensors
 (the law of time it trained with), manifest.json (of its data), metrics.jsonl, bins.jsonl (a flow's figures over
 the clock), events.jsonl (what happened besides steps), and checkpoints/, which only `--resume` reads. A distilled run
-also keeps teacher.safetensors, so that it can be resumed wherever it is moved to.
+also keeps teacher.safetensors, and one that began with another's weights start.safetensors, so that it can be resumed
+wherever it is moved to.
 """
 
 import json
@@ -37,7 +38,8 @@ from catmaps.text.tokenizers import Tokenizer
 from catmaps.text.tokenizers import load as load_tokenizer
 from catmaps.tiles import Fusion
 
-CONFIG, MODEL, CLOCK, TEACHER = "config.json", "model.safetensors", "clock.safetensors", "teacher.safetensors"
+CONFIG, MODEL, CLOCK = "config.json", "model.safetensors", "clock.safetensors"
+TEACHER, START = "teacher.safetensors", "start.safetensors"
 METRICS, EVENTS, BINS, CHECKPOINTS = "metrics.jsonl", "events.jsonl", "bins.jsonl", "checkpoints"
 HUB_PREFIX = "network."  # of the names of weights in an exported directory
 Device = torch.device | None

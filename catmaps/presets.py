@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from catmaps.config import Config, DataConfig, OptimiserConfig, ParallelConfig, TrainingConfig
+from catmaps.config import Config, DataConfig, OptimiserConfig, ParallelConfig, TrainingConfig, flat
 from catmaps.errors import UserError
 from catmaps.flow.objective import ObjectiveConfig
 from catmaps.model import read_config
@@ -120,9 +120,46 @@ def distilled(source: str, preset: str) -> Config:
     base = read_config(Path(source))
     if base.family != "flow":
         raise UserError(f"run {source} is of family {base.family}: only a flow can be distilled into a map")
-    return replace(DISTILLATIONS[preset](base), base=source, preset=preset)
+    return replace(DISTILLATIONS[preset](base), base=source, start=None, preset=preset)
 
 
-def keeps_its_base(config: Config, base: Config) -> bool:
-    """Whether a map reads and writes as its base does: with its network, on its alphabet."""
-    return (config.network, config.data.tokenizer) == (base.network, base.data.tokenizer)
+def continued(source: str, preset: str | None = None) -> Config:
+    """The configuration that trains on from a run's weights.
+
+    Args:
+        source: The run: a base, or a baseline.
+        preset: Whose objective, optimiser and training it has; None: the run's own.
+
+    Raises:
+        UserError: No such preset or run, or a run that cannot be trained on.
+    """
+    run = read_config(Path(source))
+    if run.published is not None:
+        raise UserError(f"run {source} was imported: its network is sampled and scored, but not trained")
+    if run.base is not None or run.objective.off_diagonal > 0:
+        instead = f"--resume {source}" if run.base is None else f"begin with the base it comes from, --from {run.base}"
+        raise UserError(f"run {source} is a flow map, and a base begins with a base's weights: {instead}")
+    if preset is not None:
+        own = replace(preset_of(preset), family=run.family, data=run.data, network=run.network, clock=run.clock)
+        return replace(own, start=source)
+    return replace(run, start=source)
+
+
+def preset_of(name: str) -> Config:
+    """A preset's configuration, by its name; UserError if there is none."""
+    if name not in PRESETS:
+        raise UserError(f"no preset {name}; there are {', '.join(PRESETS)}")
+    return replace(PRESETS[name](), preset=name)
+
+
+def agree(config: Config, source: Config, name: str) -> None:
+    """Whether a run can have the weights of another, `name`: they have one network, and one alphabet.
+
+    Raises:
+        UserError: Names the first field in which they differ, with both values.
+    """
+    own, others = flat(config), flat(source)
+    for field, value in others.items():
+        kept = field in ("family", "data.tokenizer") or field.startswith("network.")
+        if kept and own[field] != value:
+            raise UserError(f"{field} is {value} in {name}, whose weights are taken, and cannot be {own[field]}")

@@ -141,7 +141,7 @@ def test_mistakes_cost_one_line(
         (["score", "RUN", "EMPTY"], "nothing to score"),
         (["score", "RUN", "--split", "test", "--windows", "0"], "--windows must be at least 1"),
         (["train", "tiny", "--out", "RUN"], "exists and is not empty; continue it with --resume"),
-        (["distill", "--from", "RUN", "--network.width", "8"], "keeps its base's network and tokenizer"),
+        (["distill", "--from", "RUN", "--network.width", "8"], "network.width is 16 in"),
         (["distill", "--from", "RUN", "--data.shards", "BYTES"], "the vocabulary of"),
         (["distill", "--from", "UNSAVED"], "model.safetensors is missing"),
         (["sample", "UNSAVED"], "model.safetensors is missing"),

@@ -24,7 +24,7 @@ FIRST: dict[str, Values] = {
 """Words that may follow a command at once; where there are none, and beside those of plan and info, files may."""
 
 APART: dict[str, dict[str, Values | None]] = {
-    "train": {"--resume": ()},
+    "train": {"--resume": (), "--from": ()},
     "distill": {"--from": (), "--preset": tuple(DISTILLATIONS)},
     "plan": {"--distill": None},
 }

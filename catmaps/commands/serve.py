@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from catmaps.allocator import keep_few_kernels
 from catmaps.cli import parse
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Serve:
         except ImportError as error:
             raise UserError(f"serve needs {error.name}: pip install 'catmaps[serve]'") from error
         self._check()
+        keep_few_kernels()  # windows of any length, in batches of any size
         listener = listen(self.host, self.port)
         try:
             service, (address, port) = self._service(is_loopback(self.host)), listener.getsockname()[:2]

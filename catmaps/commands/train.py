@@ -13,16 +13,20 @@ from catmaps.config import Config, DataConfig
 from catmaps.errors import UserError
 from catmaps.model import CONFIG, read_config
 from catmaps.models import located
-from catmaps.presets import DISTILLATIONS, PRESETS, distilled, keeps_its_base
+from catmaps.presets import DISTILLATIONS, PRESETS, agree, continued, distilled, preset_of
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train a run's folder. Every field of the configuration is an option; --resume takes none."""
+    """Train a run's folder. Every field of the configuration is an option; --resume takes none.
+
+    --from RUN begins with the weights of another base, or of a model of the package, and is trained as that one was
+    unless options or a preset say otherwise; network and tokenizer stay.
+    """
 
     config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(default_factory=Config)
     out: Path | None = None
-    """Folder of the new run; by default runs/PRESET."""
+    """Folder of the new run; by default runs/PRESET, with --from RUN runs/RUN-more."""
     restart: bool = False
     """Go on with the run in --out if it was begun with these options: for schedulers that start a job again. After
     torchrun's own restarts that is done anyhow."""
@@ -56,7 +60,9 @@ class Resume:
         from catmaps.training.train import with_steps
 
         if not (self.resume / CONFIG).is_file() and located(self.resume) != self.resume:
-            raise UserError(f"{self.resume} comes with the package and has no checkpoints: train a run of your own")
+            raise UserError(
+                f"{self.resume} comes with the package and has no checkpoints; a base is begun with: --from RUN"
+            )
         config = read_config(self.resume)
         if self.steps is not None:
             config = with_steps(config, self.resume, self.steps)
@@ -102,14 +108,30 @@ def read(name: str, args: list[str]) -> Resume | Start:
 def _read_train(args: list[str], prog: str) -> Start:
     if args and args[0] in ("-h", "--help"):
         args = ["small", "--help"]
-    if not args or args[0].startswith("-"):
-        raise UserError(f"which preset? `{prog} PRESET`, with one of {', '.join(PRESETS)}")
-    preset, rest = args[0], args[1:]
-    if preset not in PRESETS:
-        raise UserError(f"no preset {preset}; there are {', '.join(PRESETS)}")
-    default = Train(config=replace(PRESETS[preset](), preset=preset))
-    command: Train = parse(Train, rest, f"{prog} {preset}", default)
+    source, args = _take(args, "--from")
+    preset, rest = (None, args) if not args or args[0].startswith("-") else (args[0], args[1:])
+    if source is not None:
+        return _read_continued(source, preset, rest, prog)
+    if preset is None:
+        raise UserError(f"which preset? `{prog} PRESET`, with one of {', '.join(PRESETS)}; or `{prog} --from RUN`")
+    command: Train = parse(Train, rest, f"{prog} {preset}", Train(config=preset_of(preset)))
     return Start(command.config, command.out or Path("runs") / preset, command.json, command.restart)
+
+
+def _read_continued(source: str, preset: str | None, rest: list[str], prog: str) -> Start:
+    config = continued(source, preset)
+    default = Train(config=_without_data(config, rest))
+    command: Train = parse(Train, rest, f"{prog} --from {source}", default)
+    agree(command.config, config, source)
+    out = command.out or Path("runs") / f"{located(Path(source)).resolve().name}-more"
+    return Start(command.config, out, command.json, command.restart)
+
+
+def _without_data(config: Config, args: list[str]) -> Config:
+    """A source's configuration; without the place of its data where the arguments name one."""
+    if any(arg.partition("=")[0] in ("--data.shards", "--data.mixture") for arg in args):
+        return replace(config, data=replace(config.data, shards=None, mixture={}))
+    return config
 
 
 def _read_distill(args: list[str], prog: str) -> Start:
@@ -122,9 +144,8 @@ def _read_distill(args: list[str], prog: str) -> Start:
             return parse(Train, ["--help"], f"{prog} --from RUN", default)
         raise UserError(f"which base? `{prog} --from RUN`")
     config = distilled(source, preset or "distill")
-    command: Train = parse(Train, rest, f"{prog} --from {source}", Train(config=config))
-    if not keeps_its_base(command.config, config):
-        raise UserError("a distilled map keeps its base's network and tokenizer; leave those options out")
+    command: Train = parse(Train, rest, f"{prog} --from {source}", Train(config=_without_data(config, rest)))
+    agree(command.config, config, source)
     default_out = Path(source).with_name(Path(source).name + "-map")
     return Start(command.config, command.out or default_out, command.json, command.restart)
 

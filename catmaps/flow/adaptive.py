@@ -14,18 +14,35 @@ LAST = 0.95  # no information is left beyond, only noise times a huge weight
 class InformationClock:
     """Keeps, per bin of a fixed clock, the running mean of d NELBO / d tau = u ||e - mu||^2 du/dtau (nats per token).
 
-    Until every bin has been visited `patience` times the clock's own law is in force. Draws beyond t = 0.95 count as
-    visits without information.
+    Until every bin has been visited `patience` times the law it began with is in force: the clock's own, or one that
+    was adapted before, of which a bin is asked for as many visits fewer as that law makes there. Draws beyond t = 0.95
+    count as visits without information.
+
+    Args:
+        clock: Whose unit interval is cut into the bins.
+        law: In force at the start; None: the clock's own.
 
     Source: LangFlow, arXiv:2604.11748 (information-uniform); docs/maths.md (b).
     """
 
-    def __init__(self, clock: Law, *, decay: float = 0.995, patience: float = 8.0, uniform_share: float = 0.1) -> None:
+    def __init__(
+        self,
+        clock: Law,
+        law: Law | None = None,
+        *,
+        decay: float = 0.995,
+        patience: float = 8.0,
+        uniform_share: float = 0.1,
+    ) -> None:
         self.clock, self.decay, self.patience, self.uniform_share = clock, decay, patience, uniform_share
         self.sums = torch.zeros(BINS, dtype=torch.float64)
         self.counts = torch.zeros(BINS, dtype=torch.float64)
         self.information = torch.zeros(BINS, dtype=torch.float64)
-        self.law = clock
+        self.law = clock if law is None else law
+        self.shares = torch.ones(BINS, dtype=torch.float64)  # of visits, relative to those of the clock's own law
+        if law is not None:
+            edges = clock.quantile(torch.linspace(0, 1, BINS + 1, dtype=torch.float64))
+            self.shares = (law.cdf(edges).diff() * BINS).clamp(max=1)
 
     def contributions(self, t: Float[Tensor, "n"], squared_error: Float[Tensor, "n"]) -> Float[Tensor, "2 64"]:
         """What observations add to the histogram's sums and counts; to be summed over processes."""
@@ -45,7 +62,7 @@ class InformationClock:
 
     def refresh(self) -> None:
         # Once adapted the law visits quiet bins less, so their counts may sink again: they only have to exist.
-        enough = 1e-3 if bool(self.information.any()) else self.patience
+        enough = 1e-3 if bool(self.information.any()) else self.patience * self.shares
         if bool((self.counts >= enough).all()):
             self.information = self.sums / self.counts
             self.law = information_uniform(self.clock, self.information, self.uniform_share)
@@ -58,4 +75,5 @@ class InformationClock:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.sums, self.counts = state["sums"].clone(), state["counts"].clone()
         self.information = state["information"].clone()
-        self.law = information_uniform(self.clock, self.information, self.uniform_share)
+        if bool(self.information.any()):  # else the law that it began with is still in force
+            self.law = information_uniform(self.clock, self.information, self.uniform_share)

@@ -21,7 +21,8 @@ def run_card(run: Run, name: str, licence: str | None) -> str:
 
 def _recipe(run: Run) -> str:
     config = run.config
-    origin = "Trained from scratch" if config.base is None else f"Distilled from `{config.base}`"
+    origin = "Trained from scratch" if config.start is None else f"Trained on from the weights of `{config.start}`"
+    origin = origin if config.base is None else f"Distilled from `{config.base}`"
     preset = f", preset `{config.preset}`" if config.preset else ""
     return f"{origin}{preset}, seed {config.training.seed}; config.json has all options, metrics.jsonl the curve."
 

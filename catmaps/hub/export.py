@@ -96,14 +96,15 @@ def write_modules(folder: Path) -> None:
 
 def portable(config: Config) -> Config:
     """A configuration without paths of the machine that it was trained on: their last part stays, as a name."""
-    data, base = config.data, config.base
+    data = config.data
     shards = None if data.shards is None else Path(data.shards).name
     names = [Path(place).name for place in data.mixture]
     if len(set(names)) < len(names):
         names = [f"{name} {i}" for i, name in enumerate(names, 1)]
     mixture = dict(zip(names, data.mixture.values(), strict=True))
     data = replace(data, shards=shards, mixture=mixture, tokenizer=Path(data.tokenizer).name)
-    return replace(config, data=data, base=None if base is None else Path(base).name)
+    base, start = (None if source is None else Path(source).name for source in (config.base, config.start))
+    return replace(config, data=data, base=base, start=start)
 
 
 def shape(config: Config) -> dict[str, int]:

@@ -9,14 +9,14 @@ Fields are called as on the command line. With `arms` and `grid` both, every nam
 
 import json
 import re
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from catmaps.config import Config, config_from, flat
 from catmaps.errors import UserError
-from catmaps.presets import PRESETS, distilled, keeps_its_base
+from catmaps.presets import PRESETS, agree, distilled, preset_of
 from catmaps.training.shapes import Shape, parameters
 
 FILE = "study.json"
@@ -104,14 +104,14 @@ class Study:
 
     def config(self, job: Job, steps: int) -> Config:
         """The configuration of a training of so many steps."""
-        if self.base is not None:
-            start = distilled(self.base, self.preset)
-        else:
-            start = replace(PRESETS[self.preset](), preset=self.preset)
+        start = preset_of(self.preset) if self.base is None else distilled(self.base, self.preset)
         own = {"training.threads": 1, **self.common, **job.arm.overrides}
         config = override(start, own | {"training.steps": steps, "training.seed": job.seed}, self._where(job.arm))
-        if self.base is not None and not keeps_its_base(config, start):
-            raise UserError(f"{self._where(job.arm)}: a distilled map keeps its base's network and tokenizer")
+        if self.base is not None:
+            try:
+                agree(config, start, self.base)
+            except UserError as error:
+                raise UserError(f"{self._where(job.arm)}: {error}") from error
         return config
 
     def check(self) -> None:

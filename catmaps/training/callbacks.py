@@ -196,12 +196,17 @@ class MetricsCallback(Callback):
 
 @dataclass
 class ValidationCallback(Callback):
-    """Every so many steps the likelihood bound of the moving average on validation text."""
+    """Every so many steps the likelihood bound of the moving average on validation text; also of weights that a run
+    begins with."""
 
     tokens: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
     every: int = 0
     characters_per_token: float = 1.0
     metrics: MetricsCallback = field(default_factory=MetricsCallback)
+
+    def pre_train(self) -> None:
+        if self.every and self.step == 0 and _module(self).config.start is not None:
+            self.evaluate()
 
     def post_train_batch(self) -> None:
         if self.every and self.step % self.every == 0:

@@ -18,7 +18,7 @@ from catmaps.config import Config
 from catmaps.flow.adaptive import BINS, InformationClock
 from catmaps.flow.times import Law
 from catmaps.flow.weighting import LossMoments, weights
-from catmaps.model import must_match
+from catmaps.model import must_match, starting_law
 from catmaps.network.tokens import Network
 from catmaps.training.guard import Guard
 from catmaps.training.objectives import objective_of
@@ -36,8 +36,8 @@ class FlowTrainModule(TrainModule):
         network: In training; on every process the same.
         average: Another network of the same weights, which becomes their moving average.
         teacher: The frozen base of a distillation, or None.
-        law: Law of time at the start; with `config.clock.adaptive` and no teacher it follows the information. Baselines
-            have none: it stays as it is.
+        law: Law of time at the start, of a run that began with another's weights that one's; with
+            `config.clock.adaptive` and no teacher it follows the information. Baselines have none: it stays as it is.
     """
 
     def __init__(self, config: Config, network: Network, average: Network, teacher: Network | None, law: Law) -> None:
@@ -45,8 +45,9 @@ class FlowTrainModule(TrainModule):
         self.config, self.network, self.average = config, network, average.requires_grad_(False)
         self.objective = objective_of(config, network, teacher)
         self.optimisers = build_optimisers(network, config.optimiser)
-        self.clock = InformationClock(law)
-        self.moments = LossMoments(law)
+        clock = law if config.start is None else starting_law(config.clock, network.vocab_size)
+        self.clock = InformationClock(clock, None if config.start is None else law)
+        self.moments = LossMoments(clock)
         self.adapts = config.clock.adaptive and teacher is None
         self.sharded = is_sharded(network)
         self.guard = Guard(config.optimiser.spike, config.optimiser.patience)

@@ -27,7 +27,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from catmaps.config import Config, ParallelConfig
 from catmaps.errors import UserError
-from catmaps.model import PRECISION, best_device, compile_blocks, configure, must_match, network_of, reading
+from catmaps.model import (
+    PRECISION,
+    START,
+    TEACHER,
+    best_device,
+    compile_blocks,
+    configure,
+    must_match,
+    network_of,
+    reading,
+)
 from catmaps.network.denoiser import FlowNetwork
 from catmaps.network.published import PublishedNetwork
 from catmaps.network.tokens import Network
@@ -65,23 +75,25 @@ def device_mesh(config: ParallelConfig, device: torch.device) -> DeviceMesh | No
 
 
 def sharded_networks(
-    config: Config, log_prior: Float[Tensor, "v"], teacher: Path | None, mesh: DeviceMesh
+    config: Config, log_prior: Float[Tensor, "v"], folder: Path, mesh: DeviceMesh
 ) -> tuple[Network, Network, Network | None]:
     """(in training, moving average, teacher), all alike at the start, as whole networks would be.
 
     Args:
-        config: The run's; without teacher the weights are drawn from its seed.
+        config: The run's; without source the weights are drawn from its seed.
         log_prior: log of the smoothed unigram, (V,).
-        teacher: Weights of the frozen base of a distillation; students start from them.
+        folder: The run's, which holds the weights of the frozen base of a distillation, or those to begin with.
         mesh: The processes.
     """
     torch.manual_seed(config.training.seed)
-    network = sharded_network(config, log_prior, mesh, drawn=teacher is None)
+    network = sharded_network(config, log_prior, mesh, drawn=config.base is None and config.start is None)
     average = sharded_network(config, log_prior, mesh)
-    frozen = None if teacher is None else sharded_network(config, log_prior, mesh)
-    if frozen is not None and teacher is not None:
-        load_sharded(frozen.requires_grad_(False), teacher)
+    frozen = None if config.base is None else sharded_network(config, log_prior, mesh)
+    if frozen is not None:
+        load_sharded(frozen.requires_grad_(False), folder / TEACHER)
         copy_into(network, frozen)
+    elif config.start is not None:
+        load_sharded(network, folder / START)
     if frozen is not None and isinstance(network, FlowNetwork) and network.projects:
         network.embedding.table.weight.requires_grad_(False)
     copy_into(average, network)

@@ -1,9 +1,6 @@
 """Trains a run's folder from its configuration: base, joint, distilled or baseline, one process or many."""
 
 import logging
-import os
-import shutil
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,30 +9,25 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from catmaps.config import Config, DataConfig, flat, to_json
+from catmaps.config import Config, DataConfig
 from catmaps.errors import UserError
 from catmaps.model import (
     CHECKPOINTS,
-    CONFIG,
+    START,
     TEACHER,
     best_device,
     compile_blocks,
     configure,
-    load_run,
     load_weights,
     network_of,
     read_config,
     read_law,
-    starting_law,
-    write_law,
-    write_tensors,
 )
 from catmaps.network.denoiser import FlowNetwork, smoothed_log_prior
 from catmaps.network.tokens import Network
-from catmaps.text import tokenizers
-from catmaps.text.manifest import MANIFEST_FILE, load_manifest
 from catmaps.text.shards import sequences
 from catmaps.training import tracking
+from catmaps.training.begin import BEGUN, START_LAW, restart, start, with_steps, write_config
 from catmaps.training.sources import (
     Source,
     cache_folder,
@@ -48,10 +40,18 @@ from catmaps.training.sources import (
     train_counts,
 )
 
-__all__ = ["Outcome", "cache_folder", "find_shards", "restart", "start", "train"]
+__all__ = [
+    "BEGUN",
+    "START_LAW",
+    "Outcome",
+    "cache_folder",
+    "find_shards",
+    "restart",
+    "start",
+    "train",
+    "with_steps",
+]
 
-BEGUN = ".begun"  # while a folder is being made
-START_LAW = "start_clock.safetensors"
 EXTRA = "training needs the engine: pip install 'catmaps[train]'"
 
 
@@ -69,110 +69,15 @@ class Outcome:
         return self.step >= self.steps
 
 
-def start(config: Config, folder: Path) -> Config:
-    """Makes the folder of a new run, with its configuration, tokenizer, data manifest and, if distilled, teacher.
-
-    Raises:
-        UserError: The folder exists or cannot be made, data and base do not fit, or a tracker is not installed.
-    """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(
-            f"{folder} exists and is not empty; continue it with --resume {folder}, or choose another --out"
-        )
-    if config.published is not None:
-        raise UserError(f"run {config.base} was imported: its network is sampled and scored, but not trained")
-    tracking.require(config.tracking)
-    sources = find_sources(config)
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1  # several processes share the reading once they have met
-    if alone and (problem := damage(sources)) is not None:
-        raise UserError(problem)  # better found now than as a strange loss
-    shards = pooled(sources)
-    tokenizer = tokenizers.load(shards)
-    length = config.data.length
-    if load_manifest(shards).split("train").tokens < config.training.batch * length:
-        raise UserError(f"{shards}: the train split is shorter than one batch; lower training.batch or data.length")
-    # Whole: a missing or damaged part is better found before the folder exists.
-    base = None if config.base is None else load_run(Path(config.base))
-    if base is not None and base.tokenizer.token_strings() != tokenizer.token_strings():
-        raise UserError(f"the vocabulary of {shards} is not that of {config.base}; use the data it was trained on")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {folder} ({error.strerror}); choose another --out") from error
-    (folder / BEGUN).touch()
-    tokenizers.save(tokenizer, folder)
-    shutil.copy(shards / MANIFEST_FILE, folder / MANIFEST_FILE)
-    if base is None:
-        write_law(starting_law(config.clock, tokenizer.vocab_size), folder / START_LAW)
-    else:
-        write_tensors(base.network.state_dict(), folder / TEACHER)
-        write_law(base.law, folder / START_LAW)
-    _write_config(config, folder)
-    (folder / BEGUN).unlink()
-    return config
-
-
-def restart(config: Config, folder: Path) -> Config:
-    """As `start`, but a run that was begun with the same configuration is left as it is, to be gone on with.
-
-    Raises:
-        UserError: As `start`; or the folder's run has another configuration: names the first field that differs.
-    """
-    if not (folder / CONFIG).is_file():
-        if (folder / BEGUN).is_file():  # `start` was killed in a folder that had been empty
-            shutil.rmtree(folder)
-        return start(config, folder)
-    begun = read_config(folder)
-    own, other = flat(config), flat(begun)
-    for name in own:
-        if own[name] != other[name]:
-            raise UserError(
-                f"{folder} was begun with {name} {other[name]}, not {own[name]}: use the same options or another --out"
-            )
-    return begun
-
-
-def with_steps(config: Config, folder: Path, steps: int) -> Config:
-    """Gives a begun run another number of steps, in its config.json (process 0); the rate follows `optim.rate`.
-
-    Raises:
-        UserError: Fewer steps than the last checkpoint has, or none; or the run's data are a mixture, whose order is
-            laid out for its number of steps.
-    """
-    from catmaps.training.callbacks import record
-    from catmaps.training.checkpoints import complete
-
-    done = max((step for step, _ in complete(folder / CHECKPOINTS)), default=0)
-    if steps < max(1, done):
-        raise UserError(f"{folder} has made {done} steps already: --steps must be at least as many")
-    if config.data.mixture and steps != config.training.steps:
-        raise UserError(f"{folder} reads a mixture, which is laid out for {config.training.steps} steps: keep them")
-    config = replace(config, training=replace(config.training, steps=steps))
-    if int(os.environ.get("RANK", "0")) == 0:
-        _write_config(config, folder)
-        record(folder, done, "steps changed", steps=steps)
-    for _ in range(600):  # other processes wait for the first
-        if read_config(folder) == config:
-            return config
-        time.sleep(0.1)
-    raise UserError(f"process 0 has not written {folder / CONFIG} within a minute")
-
-
-def _write_config(config: Config, folder: Path) -> None:
-    draft = folder / f".{CONFIG}.draft"  # other processes wait for the finished file
-    draft.write_text(to_json(config), encoding="utf-8")
-    os.replace(draft, folder / CONFIG)
-
-
 def _networks(config: Config, folder: Path, sources: tuple[Source, ...]) -> tuple[Network, Network, Network | None]:
-    """(in training, moving average, teacher), all alike at the start; initialised from the run's seed."""
+    """(in training, moving average, teacher), all alike at the start: the source's, or drawn from the run's seed."""
     from catmaps.training.parallelize import device_mesh, sharded_networks
 
     torch.manual_seed(config.training.seed)
     log_prior = smoothed_log_prior(torch.from_numpy(train_counts(sources)))
     mesh = device_mesh(config.parallel, best_device())
     if mesh is not None:
-        return sharded_networks(config, log_prior, folder / TEACHER if config.base else None, mesh)
+        return sharded_networks(config, log_prior, folder, mesh)
     network, average = (network_of(config, log_prior) for _ in range(2))
     teacher = None
     if config.base is not None:
@@ -182,6 +87,8 @@ def _networks(config: Config, folder: Path, sources: tuple[Source, ...]) -> tupl
         if isinstance(network, FlowNetwork) and network.projects:
             # Noise is drawn as the input table sees it: student and teacher must look through the same one.
             network.embedding.table.weight.requires_grad_(False)
+    elif config.start is not None:
+        load_weights(network, folder / START)
     average.load_state_dict(network.state_dict())
     for net in (network, average, teacher):
         if net is None:
@@ -289,7 +196,7 @@ def _checked_sources(config: Config, folder: Path) -> tuple[Source, ...]:
     if (problem := next((p for p in problems if p is not None), None)) is not None:
         raise UserError(problem)
     if config.data != begun.data and get_rank() == 0:
-        _write_config(config, folder)
+        write_config(config, folder)
     return sources
 
 

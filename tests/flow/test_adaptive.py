@@ -164,3 +164,19 @@ def test_saved_state_is_a_snapshot() -> None:
     trained(clock, 60)
     for name, value in saved.items():
         assert torch.equal(value, before[name]), name
+
+
+def test_an_adapted_law_is_in_force_until_all_its_bins_are_known() -> None:
+    """At 16 draws a step a quiet bin never has eight visits in its memory; its share of them is enough."""
+    start = times.warp(27)
+    law = trained(InformationClock(start), 600).law
+    clock = trained(InformationClock(start, law), REFRESH, batch=16)
+    assert clock.law is law
+    again = InformationClock(start, law)
+    again.load_state_dict(clock.state_dict())
+    assert again.law is law
+    trained(clock, 400, batch=16)
+    assert bool(clock.information.any())
+    assert clock.law is not law
+    edges = start.quantile(torch.linspace(0, 1, BINS + 1, dtype=F64))
+    torch.testing.assert_close(clock.law.cdf(edges), law.cdf(edges), rtol=0, atol=0.03)
