@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from catmaps.config import Config, config_from, flat
 from catmaps.errors import UserError
 from catmaps.presets import PRESETS, agree, distilled, preset_of
-from catmaps.training.shapes import Shape, parameters
 
 FILE = "study.json"
 OWN = ("training.steps", "training.seed")
@@ -124,6 +123,8 @@ class Study:
         (kind, amount), *_ = self.budget.items()
         if kind not in ("tokens", PER_PARAMETER):
             return None
+        from catmaps.training.shapes import Shape, parameters
+
         config = self.config(Job(arm, 0), 1)
         tokens = amount * parameters(Shape.of(config, 2)).body if kind == PER_PARAMETER else amount
         return max(1, round(tokens / (config.training.batch * config.data.length)))
