@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._inductor import config
 
 from catmaps.benchmarks.case import Case, prepared
 from catmaps.tiles import TILE
@@ -37,7 +38,7 @@ MOVES = ("aten::copy_", "aten::add_", "aten::fill_", "aten::zero_", "aten::mul_"
 
 def profile(case: Case) -> dict[str, float]:
     """Seconds of a repeat by kind of work, largest first. Profiling slows small operations: read shares."""
-    torch._inductor.config.cpp.enable_kernel_profile = True  # names the kernels
+    config.cpp.enable_kernel_profile = True  # names the kernels
     repeat = prepared(case)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as seen:
         for _ in range(REPEATS):
