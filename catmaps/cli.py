@@ -217,7 +217,7 @@ def parse(kind: type[Any], args: list[str], prog: str, default: Any = None) -> A
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
-    if not args or args[0] in ("-h", "--help"):
+    if not args or args[0] in ("-h", "--help", "help"):
         sys.stdout.write(usage())
         return 0
     if args[0] == "--version":

@@ -249,7 +249,8 @@ def score_texts(run: Run, texts: Sequence[Text], config: ScoringConfig) -> list[
     """
     windows = [window for text in texts for window in text.windows]
     if not any(len(window.tokens) for window in windows):
-        raise UserError("there is nothing to score: the text is empty after normalisation")
+        named = ", ".join(text.name for text in texts[:3])
+        raise UserError(f"there is nothing to score in {named}: empty, or without a character of {run.tokenizer.name}")
     bounds = iter(bound_windows(run, windows, config))
     scores, none = [], torch.zeros(0, dtype=torch.float64)
     for text in texts:

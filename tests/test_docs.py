@@ -132,7 +132,7 @@ SMALL = """\
 #!/bin/sh
 # The tutorial's commands with sizes for a test.
 case "$*" in
-  *--resume*) ;;
+  *--resume*|train*--from*) ;;
   train*) set -- "$@" --network.width 32 --network.blocks 1 --network.heads 2 ;;
   report*) set -- "$@" --num 16 --windows 8 --calls 1 2 ;;
 esac

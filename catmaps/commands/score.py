@@ -133,7 +133,8 @@ def read_text(file: Path) -> str:
     try:
         return sys.stdin.buffer.read().decode() if file == Path("-") else file.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from error
+        mend = f"; name its files, as {file / '*.txt'}" if file.is_dir() else ""
+        raise UserError(f"cannot read {file}: {error.strerror}{mend}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 text (byte {error.start}); convert it first") from error
 

@@ -105,7 +105,10 @@ def load_manifest(directory: Path) -> Manifest:
     """Read the manifest of `directory`. Raises UserError if missing, damaged or of another format version."""
     file = directory / MANIFEST_FILE
     if not file.is_file():
-        raise UserError(f"{directory} holds no token shards ({MANIFEST_FILE} is missing): build them first")
+        raise UserError(
+            f"{directory} holds no token shards ({MANIFEST_FILE} is missing): make some of your text with "
+            "`catmaps data build TEXTS --out DIR`"
+        )
     try:
         content = json.loads(file.read_bytes())
         version = content["format_version"]

@@ -1,5 +1,6 @@
 """The folder of a new run, and changes to one that was begun."""
 
+import logging
 import os
 import shutil
 import time
@@ -53,9 +54,12 @@ def start(config: Config, folder: Path) -> Config:
         raise UserError(problem)  # better found now than as a strange loss
     shards = pooled(sources)
     tokenizer = tokenizers.load(shards)
-    length = config.data.length
-    if load_manifest(shards).split("train").tokens < config.training.batch * length:
-        raise UserError(f"{shards}: the train split is shorter than one batch; lower training.batch or data.length")
+    has, needed = load_manifest(shards).split("train").tokens, config.training.batch * config.data.length
+    if has < needed:
+        raise UserError(
+            f"{shards}: the train split, of {has:,} tokens, is shorter than one batch, of {needed:,}: bring more text, "
+            "or lower training.batch or data.length"
+        )
     source = _source(config, tokenizer, shards)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,8 +71,10 @@ def start(config: Config, folder: Path) -> Config:
     if source is not None:
         write_tensors(source.network.state_dict(), folder / (START if config.base is None else TEACHER))
     # The law that a source adapted is for who goes on by its clock.
-    takes = source is not None and (config.base is not None or config.clock == source.config.clock)
-    write_law(source.law if takes else starting_law(config.clock, tokenizer.vocab_size), folder / START_LAW)
+    law = starting_law(config.clock, tokenizer.vocab_size)
+    if source is not None and (config.base is not None or config.clock == source.config.clock):
+        law = source.law
+    write_law(law, folder / START_LAW)
     write_config(config, folder)
     (folder / BEGUN).unlink()
     return config
@@ -114,6 +120,12 @@ def restart(config: Config, folder: Path) -> Config:
     return begun
 
 
+def quiet_engine() -> None:
+    """Before the engine is imported, which talks already; its errors are raised, too."""
+    for name in ("olmo_core", "torch.distributed.checkpoint"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
 def with_steps(config: Config, folder: Path, steps: int) -> Config:
     """Gives a begun run another number of steps, in its config.json (process 0); the rate follows `optim.rate`.
 
@@ -121,6 +133,7 @@ def with_steps(config: Config, folder: Path, steps: int) -> Config:
         UserError: Fewer steps than the last checkpoint has, or none; or the run's data are a mixture, whose order is
             laid out for its number of steps.
     """
+    quiet_engine()
     from catmaps.training.callbacks import record
     from catmaps.training.checkpoints import complete
 

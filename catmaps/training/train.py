@@ -1,6 +1,5 @@
 """Trains a run's folder from its configuration: base, joint, distilled or baseline, one process or many."""
 
-import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from catmaps.network.denoiser import FlowNetwork, smoothed_log_prior
 from catmaps.network.tokens import Network
 from catmaps.text.shards import sequences
 from catmaps.training import tracking
-from catmaps.training.begin import BEGUN, START_LAW, restart, start, with_steps, write_config
+from catmaps.training.begin import BEGUN, START_LAW, quiet_engine, restart, start, with_steps, write_config
 from catmaps.training.sources import (
     Source,
     cache_folder,
@@ -110,8 +109,7 @@ def train(folder: Path, *, stop_after: int | None = None, data: DataConfig | Non
         stop_after: Saves and ends after this step, as a signal would.
         data: Where the run's data lie now, if they were moved; kept in its configuration.
     """
-    for name in ("olmo_core", "torch.distributed.checkpoint"):  # before the import, which talks as well
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised, too
+    quiet_engine()
     try:
         import olmo_core.train  # noqa: F401
     except ImportError as error:

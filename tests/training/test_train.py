@@ -267,7 +267,7 @@ def test_start_refuses_data_that_do_not_fit(tmp_path: Path, shards: Path, base_r
     for bad, message in (
         (short, "shorter than one batch"),
         (replace(config, data=replace(config.data, shards=str(tmp_path))), "no token shards"),
-        (other, f"the vocabulary of {byte_shards} is not that of {base_run}"),
+        (other, rf"the vocabulary of {byte_shards} \(bytes\) is not that of {base_run} \(text8\)"),
     ):
         with pytest.raises(UserError, match=message):
             start(bad, tmp_path / "run")
