@@ -12,6 +12,7 @@ import statistics
 import time
 from dataclasses import replace
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
