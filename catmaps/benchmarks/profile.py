@@ -12,6 +12,7 @@ from torch._inductor import config
 
 from catmaps.benchmarks.case import Case, prepared
 from catmaps.tiles import TILE
+from catmaps.weights import AT_ONCE
 
 REPEATS = 2
 WIDE, NARROW, BLOCKS, COPIES, REST = (
@@ -47,9 +48,11 @@ def profile(case: Case) -> dict[str, float]:
         file = Path(folder) / "trace.json"
         seen.export_chrome_trace(str(file))
         events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
+    piece = min(case.vocabulary, AT_ONCE // case.width)
+    wide = {case.vocabulary, piece, case.vocabulary % piece}
     total: dict[str, float] = defaultdict(float)
     for event, parents in _nested(events):
-        total[_kind(event, parents, case.vocabulary)] += event["own"] / REPEATS / 1e6
+        total[_kind(event, parents, wide)] += event["own"] / REPEATS / 1e6
     return dict(sorted(total.items(), key=lambda pair: -pair[1]))
 
 
@@ -69,11 +72,11 @@ def _nested(events: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], list
     yield from placed
 
 
-def _kind(event: dict[str, Any], parents: list[dict[str, Any]], vocabulary: int) -> str:
+def _kind(event: dict[str, Any], parents: list[dict[str, Any]], wide: set[int]) -> str:
     name = event["name"]
     if name in PRODUCTS:
-        shapes = [size for shape in event["args"].get("Input Dims", []) for size in shape if isinstance(size, int)]
-        return WIDE if max(shapes, default=0) > vocabulary // 16 else NARROW
+        sizes = {size for shape in event["args"].get("Input Dims", []) for size in shape if isinstance(size, int)}
+        return WIDE if sizes & wide else NARROW
     if name.startswith("graph_"):
         tiles = [p["name"].removeprefix(TILE) for p in parents if p["name"].startswith(TILE)]
         return KERNELS.get(tiles[-1], "losses") if tiles else BLOCKS

@@ -42,7 +42,7 @@ class Bench:
 
         if self.suite not in SUITES:
             raise UserError(f"no suite {self.suite}; there are {', '.join(SUITES)}")
-        if min(self.rounds, self.threads, self.repeats or 1) < 1:
+        if min(self.rounds, self.threads, 1 if self.repeats is None else self.repeats) < 1:
             raise UserError("rounds, repeats and threads must be at least 1")
         suite, rows = SUITES[self.suite](), {}
         if self.plot is not None and (suite.axis is None or self.profile):
