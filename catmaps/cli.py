@@ -206,8 +206,10 @@ def parse(kind: type[Any], args: list[str], prog: str, default: Any = None) -> A
             sys.stdout.write(out.getvalue().rstrip() + "\n" + examples(prog.split()[1]))
             raise Helped(kind) from None
         words = re.sub(r"[╭╮╰╯│─━]+|-{5,}", " ", errors.getvalue() + out.getvalue())
-        line = " ".join(words.split()).removeprefix("Parsing error ").removeprefix("Unrecognized options ")
-        raise UserError(f"{line.split(' For full helptext')[0]}; see `{prog} --help`") from None
+        line = " ".join(words.split()).split(" For full helptext")[0].rstrip(". ")
+        for heading in ("Parsing error ", "Unrecognized options ", "Invalid choice "):
+            line = line.removeprefix(heading)
+        raise UserError(f"{line}; see `{prog} --help`") from None
     except ValueError as error:  # a dataclass refused a value
         raise UserError(str(error)) from error
 

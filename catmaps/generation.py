@@ -12,7 +12,7 @@ from catmaps.errors import UserError
 from catmaps.flow.flow_map import FlowMap
 from catmaps.flow.guidance import Guided, Nucleus, Unprompted
 from catmaps.flow.interpolant import gaussian
-from catmaps.flow.noise import Randomness, RowStreams
+from catmaps.flow.noise import Noise, Randomness, Streams
 from catmaps.flow.samplers import BENDS, SAMPLERS, sample
 from catmaps.flow.times import grid
 from catmaps.model import Run
@@ -65,16 +65,18 @@ class SamplingConfig:
         chosen = run.flow_map
         if self.guidance != 1 and (self.weak is not None or known is not None):
             whole = (*shape, run.tokenizer.vocab_size)
-            weak = self.weak or FlowMap(Unprompted(chosen, _held_noise(whole, generator)))
+            weak = self.weak or FlowMap(Unprompted(chosen, _noise(chosen, whole, generator)))
             chosen = FlowMap(Guided(chosen, weak, self.guidance))
         if self.top_p < 1:
             chosen = FlowMap(Nucleus(chosen, self.top_p))
         return FlowMap(chosen.denoiser, self.temperature)
 
 
-def _held_noise(shape: tuple[int, int, int], generator: Randomness) -> Float[Tensor, "b l v"]:
-    if isinstance(generator, RowStreams):
-        return generator.noise(*shape[1:]).x
+def _noise(flow_map: FlowMap, shape: tuple[int, int, int], generator: Randomness) -> Float[Tensor, "b l v"] | Noise:
+    """x_0 of given text, from streams made when needed unless it fits in a tile."""
+    if isinstance(generator, Streams):
+        noise = generator.noise(*shape[1:])
+        return noise.x if flow_map.holds(*shape[:2]) else noise
     return gaussian(shape, generator).x
 
 

@@ -10,14 +10,14 @@ from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, overload, runtime_checkable
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-NUMBERS = 31 * 2**18
-"""Default size of a tile: positions x vocabulary, 31 MiB of fp32. A few such tensors live at a time."""
-ADDED_AT_ONCE = 2**20
-"""Numbers that are brought to a wider dtype at a time where gradients are added."""
+from catmaps.weights import Weight, add_gradients
+
+NUMBERS = 24 * 2**18
+"""Default size of a tile: positions x vocabulary, 24 MiB of fp32. A few such tensors live at a time."""
 
 
 @runtime_checkable
@@ -69,34 +69,6 @@ def split(batch: int, length: int, vocab_size: int, numbers: int) -> Iterator[Ti
         yield Tile(batch, length, start, min(start + each, positions))
 
 
-class Weight(NamedTuple):
-    """A parameter, and the leaf that stands for it in products: in bf16 where they are, so that gradients of many tiles
-    are added up in fp32 without a copy of each."""
-
-    parameter: Tensor
-    leaf: Tensor
-
-    @classmethod
-    def of(cls, parameter: Tensor, cast: Tensor) -> "Weight":
-        return cls(parameter, cast.detach().requires_grad_(parameter.requires_grad))
-
-
-def add_gradients(
-    totals: Sequence[Tensor | None], parts: Sequence[Tensor | None], weights: Sequence[Weight]
-) -> list[Tensor | None]:
-    """Running sums of gradients of leaves, in the dtypes of their parameters; sums of before are overwritten."""
-
-    def added(total: Tensor | None, part: Tensor | None, weight: Weight) -> Tensor | None:
-        if total is None or part is None:
-            return total if part is None else part.to(weight.parameter.dtype)
-        few = max(1, ADDED_AT_ONCE // max(1, part[:1].numel())) if part.ndim else 1
-        for own, more in zip(torch.atleast_1d(total).split(few), torch.atleast_1d(part).split(few), strict=True):
-            own.add_(more)  # of two dtypes: makes a copy in the wider one, here of a few rows
-        return total
-
-    return [added(*three) for three in zip(totals, parts, weights, strict=True)]
-
-
 class _WeightedTiles(torch.autograd.Function):
     """`over_tiles` of work that depends on weights alone: tiles are done again in the backward pass."""
 
@@ -106,20 +78,21 @@ class _WeightedTiles(torch.autograd.Function):
     ) -> Tensor:
         del parameters  # the weights', which autograd has to see
         ctx.work, ctx.tiles, ctx.weights = work, tiles, weights
-        return torch.cat([work(tile, *(w.leaf.detach() for w in weights)) for tile in tiles], 1)
+        still = [Weight.plain(w.leaf.detach()) for w in weights]
+        return torch.cat([work(tile, *still) for tile in tiles], 1)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         weights, start = [w for w in ctx.weights if w.leaf.requires_grad], 0
-        totals: list[Tensor | None] = [None] * len(weights)
+        for weight in weights:
+            weight.valued = False
         for tile in ctx.tiles:
             with torch.enable_grad():
-                out = ctx.work(tile, *(w.leaf for w in ctx.weights))
+                out = ctx.work(tile, *ctx.weights)
             stop = start + out.shape[1]
-            parts = torch.autograd.grad(out, [w.leaf for w in weights], upstream[0][:, start:stop], allow_unused=True)
-            totals, start = add_gradients(totals, parts, weights), stop
-        found = iter(totals)
-        return (None, None, None, *(next(found) if w.leaf.requires_grad else None for w in ctx.weights))
+            add_gradients(weights, out, upstream[0][:, start:stop])
+            start = stop
+        return (None, None, None, *(w.take() for w in ctx.weights))
 
 
 def over_tiles(
@@ -131,7 +104,8 @@ def over_tiles(
     """Joins narrow results of vocabulary-sized work. With gradients each tile is done again in the backward pass.
 
     Args:
-        work: (tile, *weights or *casts) -> the tile's results.
+        work: (tile, *`Weight`s, as many as are given) -> the tile's results. A `Weight.product` is its last step: for
+            the backward pass its values are not made again.
         shape: (B, L, V).
         numbers: Size of a tile.
         weights: (weight, its cast) of all that gradients are wanted of; if there are none, of whatever `work` sees.
@@ -139,13 +113,13 @@ def over_tiles(
     tiles = list(split(*shape, numbers))
     given = [weight for weight, _ in weights]
     if len(tiles) == 1:
-        return work(tiles[0], *given)
+        return work(tiles[0], *map(Weight.plain, given))
 
-    def forgetful(tile: Tile, *leaves: Tensor) -> Tensor:
-        return work(replace(tile, memory={}), *leaves)  # what a tile remembers would else live until the backward pass
+    def forgetful(tile: Tile, *some: Weight) -> Tensor:
+        return work(replace(tile, memory={}), *some)  # what a tile remembers would else live until the backward pass
 
     if not torch.is_grad_enabled():
-        joined = torch.cat([forgetful(tile, *(cast for _, cast in weights)) for tile in tiles], 1)
+        joined = torch.cat([forgetful(tile, *(Weight.plain(cast) for _, cast in weights)) for tile in tiles], 1)
     elif weights:
         joined = _WeightedTiles.apply(forgetful, tiles, [Weight.of(*weight) for weight in weights], *given)
         assert isinstance(joined, Tensor)
@@ -153,6 +127,10 @@ def over_tiles(
         parts = [checkpoint(forgetful, tile, use_reentrant=False, preserve_rng_state=False) for tile in tiles]
         joined = torch.cat(parts, 1)
     return joined.unflatten(1, shape[:2])[0]
+
+
+Looked = list[tuple[Tensor, Tensor]]
+"""Tokens that were looked up in a table, and the gradients of their vectors."""
 
 
 class Projection(NamedTuple):
@@ -164,6 +142,29 @@ class Projection(NamedTuple):
     """C with C C' = W' W: n C' has the law of x_0 W for standard normal n and x_0."""
     cast: Float[Tensor, "d v"]
     """W' for products with endpoints, in the precision of the run, without gradient; noise and tokens stay in fp32."""
+    found: Looked | None = None
+    """Where W learns: what the backward pass of looking up leaves for that of the factor to add."""
+
+    def columns(self, tokens: Int[Tensor, "*b"]) -> Float[Tensor, "*b d"]:
+        """The vectors of tokens."""
+        if self.found is None:
+            return self.weight[:, tokens].movedim(0, -1)
+        return _Columns.apply(self.weight, tokens, self.found)  # pyright: ignore[reportReturnType]
+
+
+class _Columns(torch.autograd.Function):
+    """Columns of W. A tensor of W's size for the few that were looked up is not made: their gradients are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, tokens: Tensor, found: Looked) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.found = found
+        return weight[:, tokens].movedim(0, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[None, None, None]:
+        ctx.found.append((*ctx.saved_tensors, upstream[0]))
+        return None, None, None
 
 
 class Readout(NamedTuple):
@@ -218,6 +219,9 @@ class Fusion:
     on = False
 
 
+TILE = "tile: "  # begins a kernel's name in profiles
+
+
 def fused(kernel: Callable[P, R]) -> Callable[P, R]:
     """Compiles an elementwise or rowwise kernel while `Fusion.on`; its results are the same up to rounding."""
     compiled: list[Callable[P, R]] = []  # made when it is first wanted: the compiler is slow to import
@@ -228,6 +232,7 @@ def fused(kernel: Callable[P, R]) -> Callable[P, R]:
             return kernel(*args, **kwargs)
         if not compiled:
             compiled.append(torch.compile(kernel, dynamic=True))
-        return compiled[0](*args, **kwargs)
+        with torch.profiler.record_function(f"{TILE}{kernel.__name__}"):
+            return compiled[0](*args, **kwargs)
 
     return call

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from catmaps.allocator import keep_freed_memory
 from catmaps.studies.results import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -28,11 +29,13 @@ def record(name: str, figures: dict[str, Any]) -> Path:
     return file
 
 
-def _one_thread() -> None:
+def _as_a_command() -> None:
+    """One thread, and the allocator of the commands."""
     torch.set_num_threads(1)
+    keep_freed_memory()
 
 
 def in_parallel(work: Callable[[T], R], jobs: Iterable[T], workers: int) -> list[R]:
     """Does jobs in processes of one thread each, in order."""
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_as_a_command) as pool:
         return list(pool.map(work, jobs))

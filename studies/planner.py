@@ -37,6 +37,8 @@ from catmaps.training.planner import HARDWARE, Cluster, plan
 from catmaps.training.shapes import Number, low_precision_copies
 
 BATCH = 4
+# Neighbours, where nothing is differentiated: elementwise work, done as a convolution.
+ELEMENTWISE = {torch.ops.aten.convolution: lambda *args, **options: 0}
 WORLDS = (2, 8)
 
 
@@ -138,7 +140,7 @@ def step(size: Size, objective: ObjectiveConfig, distilled: bool) -> Callable[[]
 def one(size: Size, objective: ObjectiveConfig, distilled: bool) -> dict[str, float]:
     """FLOPs per token and peak bytes, planned and measured."""
     made = plan(configuration(size, objective, distilled), size.vocabulary, Cluster(hardware=HARDWARE["cpu"]))
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ELEMENTWISE) as counter:
         step(size, objective, distilled)()
     live = Live()
     with live:

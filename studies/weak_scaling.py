@@ -12,6 +12,7 @@ import statistics
 import time
 from dataclasses import replace
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def measure(rank: int, processes: int, port: int, strategy: Any, rows: int, step
             configure(net, config.training)
         nets[1].load_state_dict(nets[0].state_dict())
     else:
-        nets = list(sharded_networks(config, prior, None, mesh)[:2])
+        nets = list(sharded_networks(config, prior, Path(), mesh)[:2])
     module = Untold(config, *nets, None, warp(VOCABULARY))
     tokens = torch.randint(VOCABULARY, (rows, config.data.length), generator=torch.Generator().manual_seed(rank))
     for step in range(steps + 2):

@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from catmaps.flow.interpolant import AnyState, State, interpolate
-from catmaps.tiles import MovingReadout, Readout, Weight
+from catmaps.tiles import MovingReadout, Readout
+from catmaps.weights import Weight
 
 CLEAN_GAIN = 1e3  # log-odds of a clean position: exp(-1000) is 0 in fp64, and no infinity meets a zero
 U_MAX = 12.0  # where the exact flow ends: a token is undecided there with probability below 1e-12

@@ -111,7 +111,7 @@ def test_the_mathematics_stands_alone(path: Path) -> None:
     found = {
         name
         for name in imports_of(path)
-        if stranger(name, "torch", "numpy", "jaxtyping", "catmaps.flow", "catmaps.tiles")
+        if stranger(name, "torch", "numpy", "jaxtyping", "catmaps.flow", "catmaps.tiles", "catmaps.weights")
     }
     assert not found
 
@@ -119,13 +119,16 @@ def test_the_mathematics_stands_alone(path: Path) -> None:
 @pytest.mark.parametrize("path", below("network"), ids=short)
 def test_the_network_knows_no_flow(path: Path) -> None:
     found = {
-        name for name in imports_of(path) if stranger(name, "torch", "jaxtyping", "catmaps.network", "catmaps.tiles")
+        name
+        for name in imports_of(path)
+        if stranger(name, "torch", "jaxtyping", "catmaps.network", "catmaps.tiles", "catmaps.weights")
     }
     assert not found
 
 
 def test_tiles_stand_below_everything() -> None:
-    assert not {name for name in imports_of(ROOT / "tiles.py") if stranger(name, "torch", "jaxtyping")}
+    for name, below in (("weights.py", ()), ("tiles.py", ("catmaps.weights",))):
+        assert not {found for found in imports_of(ROOT / name) if stranger(found, "torch", "jaxtyping", *below)}
 
 
 @pytest.mark.parametrize("path", below("baselines"), ids=short)

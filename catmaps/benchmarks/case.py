@@ -28,6 +28,7 @@ from catmaps.model import build_network, compile_blocks, configure
 from catmaps.network.denoiser import FlowNetwork, NetworkConfig
 
 CALLS, DRAWS = 4, 2
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +47,11 @@ class Case:
     heads: int = 4
     precision: Literal["bf16", "fp32"] = "bf16"
     compile: bool = True
-    tile_megabytes: int = 31
+    tile_megabytes: int = 24
     threads: int = 2
     repeats: int = 5
+    clock: Literal["wall", "cpu"] = "wall"
+    """Seconds of what: cpu is the processor's own, of all threads, which other jobs disturb less."""
 
     @property
     def tokens(self) -> int:
@@ -70,6 +73,21 @@ class Case:
 
 def measure(case: Case) -> dict[str, Any]:
     """Runs a case in this process."""
+    repeat, clock = prepared(case), CLOCKS[case.clock]
+    hand_back_freed_memory()
+    idle = _resident("VmRSS")
+    _forget_peak()
+    seconds = []
+    for _ in range(case.repeats):
+        began = clock()
+        repeat()
+        seconds.append(clock() - began)
+    memory = {"idle_bytes": idle, "peak_bytes": max(0, _resident("VmHWM") - idle)}
+    return {**asdict(case), "seconds": seconds, **memory, "tokens": case.tokens, "flops": case.flops}
+
+
+def prepared(case: Case) -> Callable[[], object]:
+    """What a repeat does, warmed up: compiled, and its memory gathered."""
     torch.set_num_threads(case.threads)
     torch.manual_seed(0)
     if case.code == "catmaps":
@@ -77,16 +95,7 @@ def measure(case: Case) -> dict[str, Any]:
     repeat = (_dense if case.code == "dense" else _ours)(case)
     for _ in range(3):
         repeat()
-    hand_back_freed_memory()
-    idle = _resident("VmRSS")
-    _forget_peak()
-    seconds = []
-    for _ in range(case.repeats):
-        began = time.perf_counter()
-        repeat()
-        seconds.append(time.perf_counter() - began)
-    memory = {"idle_bytes": idle, "peak_bytes": max(0, _resident("VmHWM") - idle)}
-    return {**asdict(case), "seconds": seconds, **memory, "tokens": case.tokens, "flops": case.flops}
+    return repeat
 
 
 def _resident(name: str) -> int:
@@ -168,22 +177,29 @@ def _ours(case: Case) -> Callable[[], object]:
     return _trained(loss, list(network.parameters()), network.forget_casts)
 
 
-def peak_flops(threads: int, precision: Literal["bf16", "fp32"] = "bf16", size: int = 2048) -> float:
+def peak_flops(
+    threads: int, precision: Literal["bf16", "fp32"] = "bf16", size: int = 2048, clock: str = "wall"
+) -> float:
     """FLOP/s of a large matrix product on this machine, the best of several."""
     torch.set_num_threads(threads)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = torch.randn(2, size, size).to(dtype)
     best = float("inf")
     for _ in range(8):
-        began = time.perf_counter()
+        began = CLOCKS[clock]()
         torch.mm(a, b)
-        best = min(best, time.perf_counter() - began)
+        best = min(best, CLOCKS[clock]() - began)
     return 2 * size**3 / best
 
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
     if given.get("work") == "peak":
-        print(json.dumps({name: peak_flops(given["threads"], name) for name in ("bf16", "fp32")}))
+        how = {"threads": given["threads"], "clock": given["clock"]}
+        print(json.dumps({name: peak_flops(precision=name, **how) for name in ("bf16", "fp32")}))
+    elif "profile" in given:
+        from catmaps.benchmarks.profile import profile  # which imports this module
+
+        print(json.dumps(profile(Case(**given["profile"]))))
     else:
         print(json.dumps(measure(Case(**given))))

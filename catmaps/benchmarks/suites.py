@@ -41,6 +41,8 @@ Rows = dict[str, dict[str, Any]]
 class Suite:
     cases: dict[str, Case]
     ratios: Callable[[Rows], list[Ratio]]
+    axis: str | None = None
+    """Field of a case to plot over."""
 
 
 def _seconds(row: dict[str, Any]) -> float:
@@ -139,7 +141,7 @@ def vocab() -> Suite:
         large, small = (rows[f"V = {v}"]["peak_bytes"] for v in (200_000, 50_257))
         return [Ratio("sampling, V = 200k against 50k: times the memory above idle", large / small, 1.5, False)]
 
-    return Suite(cases, ratios)
+    return Suite(cases, ratios, "vocabulary")
 
 
 def length() -> Suite:
@@ -148,24 +150,37 @@ def length() -> Suite:
         f"L = {n}": Case(work="base", input="belief", vocabulary=27, length=n, batch=4096 // n)
         for n in (64, 128, 256, 512, 1024)
     }
-    return Suite(cases, lambda rows: [])
+    return Suite(cases, lambda rows: [], "length")
+
+
+def batch() -> Suite:
+    """Tokens/s over the texts of a step."""
+    plain = Case(work="base", compile=False, repeats=3)
+    cases = {f"B = {n}": replace(plain, batch=n) for n in (1, 4, 16)}
+    cases |= {f"V = 27, B = {n}": replace(plain, input="belief", vocabulary=27, batch=n) for n in (1, 4, 16, 64)}
+    return Suite(cases, lambda rows: [], "batch")
 
 
 def width() -> Suite:
-    """The share of the matrix-product peak at a width that a study would use."""
+    """The share of the matrix-product peak at a width that a study would use, and tokens/s over the width."""
     wide = Case(work="base", width=512, blocks=8, heads=8, length=512, batch=4, repeats=3)
     cases = {
         "V = 27": replace(wide, input="belief", vocabulary=27),
         "V = 50257": replace(wide, input="linear", vocabulary=50_257),
     }
+    over = replace(wide, input="belief", vocabulary=27, length=128, batch=16, blocks=4, compile=False)
+    cases |= {f"V = 27, d = {d}": replace(over, width=d, heads=d // 64) for d in (128, 256, 512, 1024)}
 
     def ratios(rows: Rows) -> list[Ratio]:
-        return [Ratio(f"{name}: share of the bf16 peak", row["peak_share"], 0.4) for name, row in rows.items()]
+        shares = {name: rows[name]["peak_share"] for name in ("V = 27", "V = 50257")}
+        return [Ratio(f"{name}: share of the bf16 peak", share, 0.4) for name, share in shares.items()]
 
-    return Suite(cases, ratios)
+    return Suite(cases, ratios, "width")
 
 
-SUITES: dict[str, Callable[[], Suite]] = {f.__name__: f for f in (step, distill, sample, score, vocab, length, width)}
+SUITES: dict[str, Callable[[], Suite]] = {
+    f.__name__: f for f in (step, distill, sample, score, vocab, length, batch, width)
+}
 
 
 def in_process(given: dict[str, Any]) -> dict[str, Any]:
@@ -177,20 +192,28 @@ def in_process(given: dict[str, Any]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run(suite: Suite, threads: int, rounds: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def run(suite: Suite, threads: int, rounds: int, **options: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Measures all cases `rounds` times in turn, so that what else the machine does meets all of them alike.
 
     Yields (name, row) as rows are complete, in the last round; a row has the seconds of all rounds, the largest memory
-    and the share of the matrix peak that was measured beside it.
+    and the share of the matrix peak that was measured beside it. `options` are fields of all cases.
     """
     parts: dict[str, list[dict[str, Any]]] = {name: [] for name in suite.cases}
     for turn in range(rounds):
         for name, case in suite.cases.items():
-            peak = in_process({"work": "peak", "threads": threads})
-            row = in_process(asdict(replace(case, threads=threads)))
+            case = replace(case, threads=threads, **options)
+            peak = in_process({"work": "peak", "threads": threads, "clock": case.clock})
+            row = in_process(asdict(case))
             parts[name].append(row | {"machine_peak": peak})
             if turn == rounds - 1:
                 yield name, _joined(parts[name])
+
+
+def profiles(suite: Suite, threads: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """(name, seconds by kind of work) of all cases of this package's code (`profile.profile`)."""
+    for name, case in suite.cases.items():
+        if case.code == "catmaps":
+            yield name, in_process({"profile": asdict(replace(case, threads=threads))})
 
 
 def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:

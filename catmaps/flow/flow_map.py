@@ -9,7 +9,7 @@ Source: Roos et al. 2026, arXiv:2602.12233; docs/maths.md eqs. (2), (3), (5).
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, Protocol, overload, runtime_checkable
 
@@ -19,8 +19,9 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from catmaps.flow.interpolant import AnyState, Combination, State, advance, step_fraction
-from catmaps.flow.noise import Key, Noise, Randomness, RowStreams, random_key
-from catmaps.tiles import MovingReadout, Projection, Readout, Tile, Weight, fused, over_tiles
+from catmaps.flow.noise import Key, Noise, Randomness, Streams, random_key
+from catmaps.tiles import MovingReadout, Projection, Readout, Tile, fused, over_tiles
+from catmaps.weights import Weight
 
 
 @runtime_checkable
@@ -66,6 +67,15 @@ class Denoiser(Protocol):
 
     def readout_weights(self) -> AbstractContextManager[list[Weight]]:
         """What `readout` depends on besides its arguments; while this is open it is made of their leaves."""
+        ...
+
+
+@runtime_checkable
+class ByRow(Protocol):
+    """A denoiser that holds something of every text."""
+
+    def rows(self, rows: slice) -> Denoiser:
+        """The same for some rows of the batch."""
         ...
 
 
@@ -236,6 +246,10 @@ class FlowMap:
         """Whether x of so many positions is held: it fits in a tile, and the network looks at all of it."""
         return not self.denoiser.projects and batch * length * self.denoiser.vocab_size <= self.denoiser.tile
 
+    def rows(self, rows: slice) -> "FlowMap":
+        """The same map for some rows of a batch."""
+        return replace(self, denoiser=self.denoiser.rows(rows)) if isinstance(self.denoiser, ByRow) else self
+
     def noise(self, key: Key, sample: Int[Tensor, "b"], length: int) -> Float[Tensor, "b l v"] | Noise:
         """x_0 of samples by their global index; held or made when needed, the same numbers."""
         noise = Noise.of(key, sample, length, self.denoiser.vocab_size)
@@ -254,7 +268,7 @@ class FlowMap:
         Rows with streams of their own get the same numbers held and not held, in fp32.
         """
         batch, length = shape
-        if isinstance(generator, RowStreams):
+        if isinstance(generator, Streams):
             noise = generator.noise(length, self.denoiser.vocab_size)
             return noise.x.to(dtype) if self.holds(batch, length) else noise
         device = generator.device if generator is not None else device

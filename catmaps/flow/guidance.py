@@ -16,7 +16,9 @@ from torch import Tensor
 
 from catmaps.flow.flow_map import FlowMap
 from catmaps.flow.interpolant import AnyState, State
-from catmaps.tiles import MovingReadout, Readout, Weight
+from catmaps.flow.noise import Noise
+from catmaps.tiles import MovingReadout, Readout
+from catmaps.weights import Weight
 
 
 class Derived(ABC):
@@ -47,6 +49,10 @@ class Derived(ABC):
         self, state: AnyState, s: Tensor, t: Tensor, ds: Tensor, dt: Tensor, dx: AnyState | None = None
     ) -> tuple[Tensor, Tensor]:
         """Log endpoints and their derivative along (dx, ds, dt)."""
+
+    @abstractmethod
+    def rows(self, rows: slice) -> "Derived":
+        """The same for some rows of the batch: one of its maps may hold something of every text."""
 
     def readout(self, hidden: Tensor, state: AnyState, s: Tensor, t: Tensor) -> Readout:
         return Readout(hidden)
@@ -80,6 +86,9 @@ class Guided(Derived):
     def model(self) -> FlowMap:
         return self.strong
 
+    def rows(self, rows: slice) -> "Guided":
+        return Guided(self.strong.rows(rows), self.weak.rows(rows), self.weight)
+
     def encode(self, state: AnyState, s: Tensor, t: Tensor) -> Tensor:
         return torch.lerp(self.weak.log_endpoint(state, s, t), self.strong.log_endpoint(state, s, t), self.weight)
 
@@ -101,20 +110,28 @@ class Unprompted(Derived):
 
     Args:
         flow_map: The map.
-        noise: x_0 of the given text, (B, L, V), or (1, L, V) for all texts. Held, so that it follows one path.
+        noise: x_0 of the given text, (B, L, V), or (1, L, V) for all texts; held, or made when needed. The same at all
+            times, so that it follows one path.
     """
 
     flow_map: FlowMap
-    noise: Float[Tensor, "#b l v"]
+    noise: Float[Tensor, "#b l v"] | Noise
 
     def model(self) -> FlowMap:
         return self.flow_map
+
+    def rows(self, rows: slice) -> "Unprompted":
+        own = self.noise if self.noise.shape[0] == 1 else self.noise[rows]
+        return Unprompted(self.flow_map.rows(rows), own)
+
+    def _x_0(self, dtype: torch.dtype) -> Tensor:
+        return (self.noise.x if isinstance(self.noise, Noise) else self.noise).to(dtype)
 
     def _hide(self, state: AnyState, s: Tensor, t: Tensor) -> tuple[State, Tensor, Tensor, Tensor]:
         """(state, s, t) with given text at its row's earliest time, and where text is given."""
         clean = s >= 1
         s_row, t_row = s.amin(1, keepdim=True), t.amin(1, keepdim=True)
-        hidden = torch.lerp(self.noise.to(state.x.dtype), state.x, s_row[..., None].to(state.x.dtype))
+        hidden = torch.lerp(self._x_0(state.x.dtype), state.x, s_row[..., None].to(state.x.dtype))
         return State(torch.where(clean[..., None], hidden, state.x)), s_row, t_row, clean
 
     def encode(self, state: AnyState, s: Tensor, t: Tensor) -> Tensor:
@@ -125,7 +142,7 @@ class Unprompted(Derived):
         self, state: AnyState, s: Tensor, t: Tensor, ds: Tensor, dt: Tensor, dx: AnyState | None = None
     ) -> tuple[Tensor, Tensor]:
         row = s.argmin(1, keepdim=True)
-        apart = state.x - self.noise.to(state.x.dtype)
+        apart = state.x - self._x_0(state.x.dtype)
         state, s, t, clean = self._hide(state, s, t)
         ds, dt = ds.expand(len(ds), clean.shape[1]).gather(1, row), dt.expand(len(dt), clean.shape[1]).gather(1, row)
         own = torch.zeros_like(state.x) if dx is None else dx.x
@@ -148,6 +165,9 @@ class Nucleus(Derived):
 
     def model(self) -> FlowMap:
         return self.flow_map
+
+    def rows(self, rows: slice) -> "Nucleus":
+        return Nucleus(self.flow_map.rows(rows), self.mass)
 
     def encode(self, state: AnyState, s: Tensor, t: Tensor) -> Tensor:
         return nucleus(self.flow_map.log_endpoint(state, s, t), self.mass)

@@ -78,7 +78,7 @@ class OneHot:
         return OneHot(tile(self.tokens), self.vocab_size)
 
     def project(self, projection: Projection) -> Float[Tensor, "b l d"]:
-        return projection.weight[:, self.tokens].movedim(0, -1)
+        return projection.columns(self.tokens)
 
 
 def _when_added(term: tuple[Tensor, Source]) -> int:

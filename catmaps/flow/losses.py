@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from catmaps.flow.cross_entropy import cross_entropy
 from catmaps.flow.flow_map import Endpoint, FlowMap
 from catmaps.flow.interpolant import AnyState, advance, move, step_fraction
 from catmaps.flow.reduction import TokenLoss, weighted_sum
@@ -34,18 +35,6 @@ def _shifted(logits: Tensor) -> Tensor:
 # write out no tensor of that size but the gradient: no scatter, no second pass for a normaliser.
 
 
-@fused
-def _cross_entropy(now: Readout, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """-log mu[token] and ||e - mu||^2."""
-    logits = _shifted(now.logits())
-    own = torch.arange(logits.shape[-1], device=logits.device) == tokens[..., None]
-    weight = logits.exp()
-    total = weight.sum(-1)
-    log_right = torch.where(own, logits, 0.0).sum(-1) - total.log()
-    square = 1 - 2 * log_right.exp() + weight.square().sum(-1) / total.square()
-    return -log_right, square.detach()
-
-
 def endpoint_cross_entropy(
     flow_map: FlowMap,
     state: AnyState,
@@ -59,7 +48,7 @@ def endpoint_cross_entropy(
     """
 
     def work(now: Any, tile: Tile) -> tuple[Tensor, Tensor | None]:
-        return _cross_entropy(now.readout, tile(tokens))
+        return cross_entropy(now.readout, tile(tokens))
 
     return weighted_sum(work, flow_map.read(state, t, t), weight)
 

@@ -7,7 +7,9 @@ Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philo
 """
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -158,7 +160,15 @@ class RowStreams:
         return uniforms(self._next(), self.sample[:, None].expand(-1, length), place)
 
 
-Randomness = torch.Generator | RowStreams
+@runtime_checkable
+class Streams(Protocol):
+    """Randomness by row: noise from counters, and numbers in [0, 1)."""
+
+    def noise(self, length: int, vocab_size: int) -> Noise: ...
+    def uniform(self, length: int) -> Tensor: ...
+
+
+Randomness = torch.Generator | Streams
 """What samplers draw from."""
 
 
@@ -167,3 +177,59 @@ def random_key(generator: torch.Generator | None) -> Key:
     device = generator.device if generator is not None else None
     first, second = torch.randint(2**32, (2,), generator=generator, device=device).tolist()
     return first, second
+
+
+def fresh_noise(
+    generator: torch.Generator | None, shape: tuple[int, int, int], device: torch.device | None = None
+) -> Noise:
+    """Noise of a batch (B, L, V) under the next key of a generator."""
+    return Noise.of(random_key(generator), torch.arange(shape[0], device=device), *shape[1:])
+
+
+@dataclass
+class Shared:
+    """What a batch draws, kept: its rows can then be carried to text a few at a time, and each meets what it would have
+    met beside the others. Noise is kept as counters."""
+
+    source: Randomness | None
+    batch: int
+    device: torch.device | None = None
+    drawn: list[Any] = field(default_factory=list)
+
+    def rows(self, rows: slice) -> "SharedRows":
+        """The share of some rows, from the first draw on."""
+        return SharedRows(self, rows)
+
+    def nth(self, place: int, draw: Callable[[], Any]) -> Any:
+        """The draw of this place, made by the first who comes to it."""
+        if place == len(self.drawn):
+            self.drawn.append(draw())
+        return self.drawn[place]
+
+
+@dataclass
+class SharedRows:
+    """Some rows' share of `Shared`."""
+
+    shared: Shared
+    of: slice
+    place: int = 0
+
+    def _next(self, draw: Callable[[], Any]) -> Any:
+        self.place += 1
+        return self.shared.nth(self.place - 1, draw)[self.of]
+
+    def noise(self, length: int, vocab_size: int) -> Noise:
+        """As `RowStreams.noise`."""
+        source, shape = self.shared.source, (self.shared.batch, length, vocab_size)
+        if isinstance(source, Streams):
+            return self._next(lambda: source.noise(length, vocab_size))
+        return self._next(lambda: fresh_noise(source, shape, self.shared.device))
+
+    def uniform(self, length: int) -> Float[Tensor, "b {length}"]:
+        """As `RowStreams.uniform`."""
+        source, shape = self.shared.source, (self.shared.batch, length)
+        if isinstance(source, Streams):
+            return self._next(lambda: source.uniform(length))
+        given = {"generator": source, "dtype": torch.float64, "device": self.shared.device}
+        return self._next(lambda: torch.rand(shape, **given))

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from catmaps.flow.flow_map import Endpoint, MovingEndpoint
-from catmaps.tiles import Tile, add_gradients, split
+from catmaps.tiles import Tile, split
+from catmaps.weights import add_gradients
 
 
 class TokenLoss(NamedTuple):
@@ -37,22 +38,22 @@ def weighted_sum(work: Work, learner: Endpoint | MovingEndpoint, weight: Float[T
         values, errors = work(learner, tiles[0])
         return TokenLoss(_total(values, weight), values.detach(), errors)
     leaf, hidden = learner.leaf()
-    total, parts, gradients = weight.new_zeros(()), [], None
+    total, parts = weight.new_zeros(()), []
     with learner.flow_map.denoiser.readout_weights() as read:
         weights = [w for w in (*hidden, *read) if w.leaf.requires_grad] if torch.is_grad_enabled() else []
         while tiles:  # a tile is dropped once it is done, with all that it remembers
             tile = tiles.pop(0)
             values, errors = work(tile(leaf), tile)
             share = _total(values, tile(weight))
+            tile.memory.clear()  # what the backward pass needs it keeps itself
             if weights:
-                own = torch.autograd.grad(share, [w.leaf for w in weights], allow_unused=True)
-                gradients = add_gradients(gradients or [None] * len(weights), own, weights)
+                add_gradients(weights, share)
             total = total + share.detach()
             parts.append((values.detach(), errors))
     values = torch.cat([values for values, _ in parts], 1).view(weight.shape)
     known = [errors for _, errors in parts if errors is not None]
     errors = torch.cat(known, 1).view(weight.shape) if known else None
-    whole = _Replay.apply(total, gradients, *(w.parameter for w in weights)) if weights else total
+    whole = _Replay.apply(total, [w.take() for w in weights], *(w.parameter for w in weights)) if weights else total
     assert isinstance(whole, Tensor)
     return TokenLoss(whole, values, errors)
 

@@ -4,7 +4,7 @@ To add a sampler write a function step(flow_map, state, s, t, generator) -> (sta
 SAMPLERS. Times are per position: known positions sit at s = t = 1, where every step is the identity.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,7 +22,7 @@ from catmaps.flow.interpolant import (
     renoise,
     step_fraction,
 )
-from catmaps.flow.noise import Noise, Randomness, RowStreams, random_key
+from catmaps.flow.noise import Noise, Randomness, Shared, Streams, fresh_noise
 
 Ending = Tensor | Endpoint
 """mu of a step: (B, L, V) where states are held, else made when needed."""
@@ -32,13 +32,12 @@ Watch = Callable[[float, Tensor], None]
 
 def _fresh_noise(state: AnyState, generator: Randomness | None) -> Tensor | Noise:
     """Noise for a state, held as the state is."""
-    if isinstance(generator, RowStreams):
+    if isinstance(generator, Streams):
         noise = generator.noise(*state.shape[1:])
         return noise.x.to(state.x.dtype) if isinstance(state, State) else noise
     if isinstance(state, State):
         return torch.randn(state.x.shape, generator=generator, dtype=state.x.dtype, device=state.x.device)
-    sample = torch.arange(state.batch_size, device=state.terms[0][0].device)
-    return Noise.of(random_key(generator), sample, *state.shape[1:])
+    return fresh_noise(generator, state.shape, state.terms[0][0].device)
 
 
 def categorical(probabilities: Float[Tensor, "b l v"], generator: torch.Generator | None = None) -> Int[Tensor, "b l"]:
@@ -57,7 +56,7 @@ def _at_point(probabilities: Tensor, point: Tensor) -> Tensor:
 
 def _draw(mu: Ending, generator: Randomness | None) -> Int[Tensor, "b l"]:
     """`categorical` of an endpoint, made or not."""
-    if isinstance(generator, RowStreams):
+    if isinstance(generator, Streams):
         point = generator.uniform(mu.shape[1])
     elif isinstance(mu, Tensor):
         return categorical(mu, generator)
@@ -166,7 +165,7 @@ def sample(
         tokens: Given text, (B, L); read where `known`.
         known: Positions held clean at time 1 throughout.
         generator: Source of randomness; the global one if None. With `RowStreams` a text depends on its own row alone.
-        watch: Called after every step with (t, endpoint); for pictures of the trajectory.
+        watch: Called after every step with (t, endpoint); for pictures of the trajectory. What it sees is made whole.
         dtype: Of the state; fp32, or fp64 for tests.
 
     Returns:
@@ -177,6 +176,42 @@ def sample(
     """
     if (known is None) != (tokens is None):
         raise ValueError("sample needs `tokens` and `known` together")
+    batch, length, vocab_size = shape
+    rows = batch if watch is not None else rows_at_once(flow_map, shape)
+    if rows >= batch:
+        return _carry(flow_map, step, times, shape, (tokens, known), generator, watch, dtype)
+    device = generator.device if isinstance(generator, torch.Generator) else None
+    shared, done = Shared(generator, batch, device), []
+    for start in range(0, batch, rows):
+        some = slice(start, min(start + rows, batch))
+        given = [None if part is None else part[some] for part in (tokens, known)]
+        few = (some.stop - start, length, vocab_size)
+        done.append(_carry(flow_map.rows(some), step, times, few, given, shared.rows(some), None, dtype))
+    return torch.cat(done)
+
+
+def rows_at_once(flow_map: FlowMap, shape: tuple[int, int, int]) -> int:
+    """How many texts are carried together. Where x is looked at and that of the batch exceeds a tile, so many that
+    theirs is held in one, and made once: at least one."""
+    batch, length, vocab_size = shape
+    if flow_map.denoiser.projects or flow_map.holds(batch, length):
+        return batch
+    most = max(1, flow_map.denoiser.tile // (length * vocab_size))
+    return -(-batch // -(-batch // most))  # of nearly equal number
+
+
+def _carry(
+    flow_map: FlowMap,
+    step: Step,
+    times: Tensor,
+    shape: tuple[int, int, int],
+    given: Sequence[Tensor | None],
+    generator: Randomness | None,
+    watch: Watch | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`sample` of texts that are carried together; `given` = (tokens, known)."""
+    tokens, known = given
     state = clamp_known(_pure_noise(flow_map, shape, len(times) - 1, generator, dtype), tokens, known)
     for s, t in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
         at = (_times_at(time, state, known) for time in (s, t))

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from catmaps.network.embedding import BeliefEmbedding, Conditioner, KeptCast, LinearEmbedding, distinct
 from catmaps.network.trunk import Trunk
-from catmaps.tiles import NUMBERS, MovingReadout, Projection, Readout, Tile, Weight, over_tiles
+from catmaps.tiles import NUMBERS, MovingReadout, Projection, Readout, Tile, over_tiles
+from catmaps.weights import Weight
 
 
 @runtime_checkable
@@ -96,7 +97,8 @@ class FlowNetwork(nn.Module):
     def __init__(self, config: NetworkConfig, features: Features, gains: tuple[Gain, Gain], log_prior: Tensor) -> None:
         super().__init__()
         self.config, self.precision, self.tile = config, torch.float32, NUMBERS
-        self._cast, self._leaf = KeptCast(), None
+        self._cast = KeptCast()
+        self._leaf: Weight | None = None
         vocab_size, width = len(log_prior), config.width
         self.register_buffer("log_prior", log_prior.float())
         self.features, (self.gain_in, self.gain_out) = features, gains
@@ -161,9 +163,9 @@ class FlowNetwork(nn.Module):
             return self.embedding(project(self, state), s)
         embedding = self.embedding
 
-        def work(tile: Tile, table: Tensor, gain: Tensor) -> Tensor:
+        def work(tile: Tile, table: Weight, gain: Weight) -> Tensor:
             # Not a call of the module: its hooks do not suit a tile that is done again.
-            return embedding.forward(tile(state).x, tile(gain), self.log_prior, table)
+            return embedding.forward(tile(state).x, tile(gain.leaf), self.log_prior, table)
 
         return self._in_tiles(work, state, embedding, gain)
 
@@ -173,7 +175,7 @@ class FlowNetwork(nn.Module):
         """`work` of (tile, table, *gains)."""
         table = embedding.table.weight
         if state.requires_grad:
-            return over_tiles(lambda tile: work(tile, table, *gains), state.shape, self.tile)
+            return over_tiles(lambda tile: work(tile, *map(Weight.plain, (table, *gains))), state.shape, self.tile)
         cast = embedding.cast(table, self.precision)
         weights = [(table, cast), *((gain, gain) for gain in gains)]
         return over_tiles(work, state.shape, self.tile, weights)
@@ -187,9 +189,10 @@ class FlowNetwork(nn.Module):
             return self.embedding.forward_with_tangent((project(self, x), dz), s)
         embedding = self.embedding
 
-        def work(tile: Tile, table: Tensor, gain: Tensor, rate: Tensor) -> Tensor:
+        def work(tile: Tile, table: Weight, gain: Weight, rate: Weight) -> Tensor:
+            gains = tile(gain.leaf), tile(rate.leaf)
             pair = (tile(x).x, None if dx is None else tile(dx).x)
-            return torch.cat(embedding.forward_with_tangent(pair, (tile(gain), tile(rate)), self.log_prior, table), -1)
+            return torch.cat(embedding.forward_with_tangent(pair, gains, self.log_prior, table), -1)
 
         y, dy = self._in_tiles(work, x, embedding, *gain).chunk(2, -1)
         return y, dy
@@ -205,7 +208,9 @@ class FlowNetwork(nn.Module):
 
     def _context(self, hidden: Float[Tensor, "*b l d"]) -> Float[Tensor, "*b l v"]:
         """The head's product; without gradients one cast serves all tiles and calls until the weights change."""
-        weight = self.head.weight if self._leaf is None else self._leaf
+        if self._leaf is not None and torch.is_grad_enabled():
+            return self._leaf.product(hidden.to(self._leaf.leaf.dtype))
+        weight = self.head.weight
         if not torch.is_grad_enabled():
             weight = self._cast(weight, self.precision)
         with self._autocast():
@@ -241,11 +246,13 @@ class FlowNetwork(nn.Module):
         """What readouts depend on besides their arguments; while this is open they are made of its leaves."""
         head = Weight.of(self.head.weight, self._cast(self.head.weight, self.precision))
         gains = self.gain_out.parameters() if self.config.skip else ()
-        self._leaf = head.leaf
+        self._leaf = head
         try:
             yield [head, *(Weight(gain, gain) for gain in gains)]
         finally:
             self._leaf = None
+            if torch.is_grad_enabled():  # the loss is done: the cast need not lie beside what the backward pass makes
+                self._cast = KeptCast()
 
     def num_parameters(self) -> tuple[int, int]:
         """(body, vocabulary): parameters outside and inside the two vocabulary tables."""

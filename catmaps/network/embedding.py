@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from catmaps.network import tangent
-from catmaps.tiles import Projection, Weight, add_gradients, fused
+from catmaps.tiles import Looked, Projection, fused
+from catmaps.weights import Weight
 
 JITTER = 1e-6  # of the mean of the Gram matrix' diagonal: keeps its factor finite, far below fp32's own error in it
 
@@ -46,7 +47,7 @@ class KeptCast:
 
 
 class BeliefEmbedding(nn.Module):
-    """softmax(log prior + gain x) E. A call may bring a cast of the table E."""
+    """softmax(log prior + gain x) E. A call may bring what stands for the table E."""
 
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__()
@@ -66,26 +67,26 @@ class BeliefEmbedding(nn.Module):
         x: Float[Tensor, "b l v"],
         gain: Float[Tensor, "b #l"],
         log_prior: Float[Tensor, "v"],
-        table: Float[Tensor, "d v"] | None = None,
+        table: Weight | None = None,
     ) -> Float[Tensor, "b l d"]:
-        table = self.table.weight if table is None else table
+        table = table or Weight.plain(self.table.weight)
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else table.dtype
-        return F.linear(_belief(x, gain, log_prior, dtype), table)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else table.leaf.dtype
+        return table.product(_belief(x, gain, log_prior, dtype))
 
     def forward_with_tangent(
         self,
         x: tuple[Tensor, Tensor | None],
         gain: tuple[Tensor, Tensor],
         log_prior: Tensor,
-        table: Tensor | None = None,
+        table: Weight | None = None,
     ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b l d"]]:
-        table = self.table.weight if table is None else table
+        table = table or Weight.plain(self.table.weight)
         dz = gain[1][..., None] * x[0]
         if x[1] is not None:
             dz = dz + gain[0][..., None] * x[1]
         belief = tangent.softmax(log_prior + gain[0][..., None] * x[0], dz)
-        y, dy = F.linear(torch.stack(belief).to(table.dtype), table).unbind(0)
+        y, dy = table.product(torch.stack(belief).to(table.leaf.dtype)).unbind(0)
         return y, dy
 
 
@@ -116,7 +117,8 @@ class LinearEmbedding(nn.Module):
         weight = self.table.weight
         if weight.requires_grad and torch.is_grad_enabled():
             cast = self._cast(weight, precision)
-            return Projection(*with_factor(weight, cast), cast)
+            found: Looked = []
+            return Projection(*with_factor(weight, cast, found), cast, found)
         if self._known is None or self._known[:2] != (weight.data_ptr(), weight._version):
             with torch.no_grad():
                 self._known = (weight.data_ptr(), weight._version, with_factor(weight)[1])
@@ -141,34 +143,52 @@ class LinearEmbedding(nn.Module):
 
 
 class _WithGram(torch.autograd.Function):
-    """(W, W' W). The Gram matrix' gradient is symmetric by use, which halves the work of the backward pass, and is
-    added to the other one in place."""
+    """(W, W' W), of which the lower triangle alone is made. All of W's gradient comes together in the backward pass:
+    the Gram matrix', which is symmetric by use, and that of columns that were looked up."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, cast: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, weight: Tensor, cast: Tensor, found: Looked) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cast)
+        ctx.found, ctx.weight = found, weight.detach()
         ctx.set_materialize_grads(False)
-        return weight.view_as(weight), weight @ weight.mT
+        return weight.view_as(weight), _lower_gram(weight)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, None]:
-        (cast,), (own, gram) = ctx.saved_tensors, upstream
-        if gram is None:
-            return own, None
-        # In the precision of the layer's other gradients, where the run has bf16: the factor itself never has.
-        part = (gram + gram.mT).to(cast.dtype) @ cast
-        return add_gradients([own], [part], [Weight(gram, cast)])[0], None
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, None, None]:
+        (cast,), (own, gram), table = ctx.saved_tensors, upstream, Weight.plain(ctx.weight)
+        table.add(own)
+        if gram is not None:
+            # In the precision of the layer's other gradients, where the run has bf16: the factor itself never has.
+            table.add_product((gram + gram.mT).to(cast.dtype), cast)
+        while ctx.found:
+            table.add_columns(*ctx.found.pop())
+        return table.total, None, None
+
+
+def gram_strips(width: int) -> list[tuple[int, int]]:
+    """Rows (start, stop) that are multiplied at a time, with the first `stop` columns."""
+    few = max(64, width // 8)
+    return [(start, min(start + few, width)) for start in range(0, width, few)]
+
+
+def _lower_gram(weight: Float[Tensor, "d v"]) -> Float[Tensor, "d d"]:
+    """The lower triangle of W' W, in strips; what lies far above it stays 0."""
+    gram = weight.new_zeros(len(weight), len(weight))
+    for start, stop in gram_strips(len(weight)):
+        torch.mm(weight[start:stop], weight[:stop].mT, out=gram[start:stop, :stop])
+    return gram
 
 
 def with_factor(
-    weight: Float[Tensor, "d v"], cast: Float[Tensor, "d v"] | None = None
+    weight: Float[Tensor, "d v"], cast: Float[Tensor, "d v"] | None = None, found: Looked | None = None
 ) -> tuple[Float[Tensor, "d v"], Float[Tensor, "d d"]]:
     """W, and lower C with C C' = W' W: n C' has the law of x_0 W for standard normal n (d) and x_0 (V).
 
     In W's own precision; the gradient's large product is with the cast. Source: docs/maths.md (h).
     """
     with torch.autocast(weight.device.type, enabled=False):
-        weight, gram = _WithGram.apply(weight, weight.detach() if cast is None else cast)  # pyright: ignore[reportGeneralTypeIssues]
+        given = (weight.detach() if cast is None else cast, [] if found is None else found)
+        weight, gram = _WithGram.apply(weight, *given)  # pyright: ignore[reportGeneralTypeIssues]
         floor = JITTER * gram.detach().diagonal().mean()
         return weight, torch.linalg.cholesky(gram + floor * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
 

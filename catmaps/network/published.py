@@ -24,7 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from catmaps.network.denoiser import NetworkConfig, NoisyText, project
 from catmaps.network.embedding import KeptCast, LinearEmbedding, distinct
 from catmaps.network.trunk import attention, rope_waves, rotate, select
-from catmaps.tiles import NUMBERS, MovingReadout, Readout, Weight
+from catmaps.tiles import NUMBERS, MovingReadout, Readout
+from catmaps.weights import Weight
 
 FREQUENCIES = 128
 ATTENTION_CAP = 50.0

@@ -11,13 +11,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from filelock import FileLock
+from jaxtyping import Bool
+from torch import Tensor
 
 from catmaps.errors import UserError
 from catmaps.evaluation.collect import build_judge, heldout_score, read_metrics
 from catmaps.evaluation.collect import measure as sample_quality
 from catmaps.generation import default_sampling
 from catmaps.model import BINS, Run
+from catmaps.scoring import bound_given
+from catmaps.text.shards import sequences
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,36 @@ def nelbo(run: Run, *, seed: int, windows: int = 256) -> Measured:
     score = heldout_score(run, find_shards(run.config), windows)
     scale = 1 / math.log(2) / score.characters
     return Measured({"nelbo": Figure(score.nats * scale, score.windows_stderr * scale)})
+
+
+def _halves(rows: int, length: int, seed: int) -> dict[str, Bool[Tensor, "{rows} {length}"]]:
+    """Known positions, half of each window: a prefix, both ends, and scattered ones that differ by window."""
+    position, half = torch.arange(length).expand(rows, length), length // 2
+    scattered = torch.rand(rows, length, generator=torch.Generator().manual_seed(seed)).argsort(1) < half
+    inner = (position >= half // 2) & (position < half // 2 + length - half)
+    return {"prefix": position < half, "both ends": ~inner, "scattered": scattered}
+
+
+def given(run: Run, *, seed: int, windows: int = 256, samples: int = 16) -> Measured:
+    """Bounds on halves of windows given the other half clean, bits per token: what prompts and blanks feel.
+
+    The same windows, halves and draws for every arm.
+    """
+    from catmaps.training.train import find_shards
+
+    del seed
+    shards, length = find_shards(run.config), run.config.data.length
+    available = len(sequences(shards, "test", length))
+    tokens = torch.from_numpy(sequences(shards, "test", length, count=min(windows, available), seed=0))
+    figures: dict[str, Figure] = {}
+    for name, known in _halves(*tokens.shape, seed=0).items():
+        rows = [
+            bound_given(run, part, mask, num_samples=samples).nats
+            for part, mask in zip(tokens.split(64), known.split(64), strict=True)
+        ]
+        bits = torch.cat(rows).cpu() / (~known).sum(1) / math.log(2)
+        figures[f"given {name}"] = Figure(bits.mean().item(), bits.std().item() / math.sqrt(len(bits)))
+    return Measured(figures)
 
 
 def few_step(run: Run, *, seed: int, calls: tuple[int, ...] = (1, 2, 4, 8), samples: int = 256) -> Measured:
@@ -120,7 +155,13 @@ def bins(run: Run, *, seed: int) -> Measured:
     )
 
 
-MEASURES: dict[str, Callable[..., Measured]] = {"nelbo": nelbo, "few_step": few_step, "curve": curve, "bins": bins}
+MEASURES: dict[str, Callable[..., Measured]] = {
+    "nelbo": nelbo,
+    "given": given,
+    "few_step": few_step,
+    "curve": curve,
+    "bins": bins,
+}
 
 
 def checked(value: Any) -> tuple[str, dict[str, Any]]:

@@ -100,11 +100,12 @@ def series_of(rows: Sequence[Row], field: str) -> dict[str, list[Point]]:
     series: dict[str, list[Point]] = {}
     for row in rows:
         others = {name: value for name, value in row.arm.overrides.items() if name != field}
-        series.setdefault(_spoken(others), []).append(Point(row.arm.overrides[field], row.mean, row.error))
+        series.setdefault(spoken(others), []).append(Point(row.arm.overrides[field], row.mean, row.error))
     return {name: sorted(points) for name, points in series.items()}
 
 
-def _spoken(fields: Overrides) -> str:
+def spoken(fields: Overrides) -> str:
+    """Fields and values in a few words."""
     return ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in fields.items())
 
 
@@ -134,6 +135,26 @@ def plot_field(rows: Sequence[Row], field: str, name: str, file: Path) -> None:
     if any(series):
         _legend(axes, len(series))
     _save(figure, f"{name} over {field}", file)
+
+
+def plot_laws(
+    laws: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]], name: str, file: Path
+) -> None:
+    """Figures over compute, logarithmic; a point per training, and the fitted line: (x, y, fitted y) by name."""
+    figure, axes = _figure()
+    for i, (label, (x, y, fitted)) in enumerate(laws.items()):
+        order = np.argsort(x)
+        axes.plot(np.array(x)[order], np.array(fitted)[order], **_look(i), linewidth=1, label=label or None)
+        axes.plot(x, y, marker="o", markersize=4, linestyle="none", color=COLOURS[i % len(COLOURS)])
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    _plain_ticks(axes)
+    axes.minorticks_off()
+    axes.set_xlabel("training FLOPs (6 x parameters x tokens)")
+    axes.set_ylabel(name)
+    if any(laws):
+        _legend(axes, len(laws))
+    _save(figure, f"{name} over compute", file)
 
 
 def _plain_ticks(axes: Any) -> None:

@@ -11,14 +11,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from catmaps.errors import UserError
+from catmaps.studies.fits import Fit, fits, table
 from catmaps.studies.measures import Curve
-from catmaps.studies.plots import numeric_field, plot_bars, plot_curves, plot_field
+from catmaps.studies.plots import numeric_field, plot_bars, plot_curves, plot_field, plot_laws
 from catmaps.studies.ranking import LEVEL, Row, as_record, rank
 from catmaps.studies.results import RESULTS, Line, curves, figures, read_results
-from catmaps.studies.study import Study
+from catmaps.studies.study import PER_PARAMETER, Study
 
 REPORT = "report.md"
 HEADINGS = ("", "arm", "mean", "spread", "seeds", "to baseline", "p", "verdict")
+LAW = (
+    "Fitted: figure = scale C^-exponent over all trainings of arms that differ in their network alone, "
+    "C = 6 x parameters x tokens. Intervals are of 95%, from the scatter about the line."
+)
 Lines = dict[tuple[str, int], Line]
 
 
@@ -98,6 +103,9 @@ def _plots(study: Study, lines: Lines, rankings: dict[str, list[Row]]) -> dict[s
     for name in _leading(lines):
         if numeric is not None and len(rankings[name]) > 1:
             plot_field(rankings[name], numeric, name, file(f"{name} over {numeric}"))
+    if laws := _laws(study, lines, rankings):
+        points = {fit.name: fit.law.points for fit in laws}
+        plot_laws(points, first, file(f"{first} over compute"))
     for name in dict.fromkeys(name for line in lines.values() for name in curves(line)):
         shown: dict[str, list[Curve]] = {}
         for arm in study.arms:
@@ -108,6 +116,11 @@ def _plots(study: Study, lines: Lines, rankings: dict[str, list[Row]]) -> dict[s
         if shown:
             plot_curves(shown, name, file(name))
     return made
+
+
+def _laws(study: Study, lines: Lines, rankings: dict[str, list[Row]]) -> list[Fit]:
+    """Power laws of the first figure, where the budget grows with the network."""
+    return fits(next(iter(rankings.values())), lines) if PER_PARAMETER in study.budget else []
 
 
 def _leading(lines: Lines) -> list[str]:
@@ -127,6 +140,8 @@ def _page(study: Study, lines: Lines, rankings: dict[str, list[Row]], plots: dic
         names = dict.fromkeys(name for line in lines.values() for name in _figures_of(line, measure) if name in others)
         if names:
             parts += [f"## {measure}", _others(study, {name: others[name] for name in names})]
+    if laws := _laws(study, lines, rankings):
+        parts += ["## Over compute", _markdown(*table(laws)), LAW]
     if dropped := _dropped(study, lines):
         parts += ["## Dropped on the way", dropped]
     if failed := [(arm, str(seed), line["failed"]) for (arm, seed), line in lines.items() if "failed" in line]:
@@ -154,8 +169,8 @@ def _others(study: Study, rankings: dict[str, list[Row]]) -> str:
         apart = row.difference is not None and row.difference.p < LEVEL
         return f"{row.mean:.3f}{error}" + (f", {row.verdict}" if apart else "")
 
-    arms = [arm.name for arm in study.arms]
     found = {f"{name} ({_way(rows)})": {row.arm.name: row for row in rows} for name, rows in rankings.items()}
+    arms = [arm.name for arm in study.arms if any(arm.name in rows for rows in found.values())]
     if len(found) > len(arms):  # the longer side goes down the page
         return _markdown(("", *arms), [[name, *(cell(rows.get(arm)) for arm in arms)] for name, rows in found.items()])
     return _markdown(("arm", *found), [[arm, *(cell(rows.get(arm)) for rows in found.values())] for arm in arms])
@@ -164,7 +179,11 @@ def _others(study: Study, rankings: dict[str, list[Row]]) -> str:
 def _how(study: Study, lines: Lines) -> str:
     """Budget, what was trained where."""
     kind, amount = next(iter(study.budget.items()))
-    budget = f"{amount:,.0f} tokens" if kind == "tokens" else f"{amount:g} CPU minutes, turned into steps by a pilot,"
+    budget = {
+        "tokens": f"{amount:,.0f} tokens",
+        PER_PARAMETER: f"{amount:g} tokens per parameter (the vocabulary's aside)",
+        "cpu_minutes": f"{amount:g} CPU minutes, turned into steps by a pilot,",
+    }[kind]
     start = f"distilling {study.base} by preset {study.preset}" if study.base else f"preset {study.preset}"
     common = ", ".join(f"{name} {value}" for name, value in study.common.items())
     machines = sorted({f"{m['processor']}, torch {m['torch']}, commit {m['commit']}" for m in _machines(lines)})

@@ -118,13 +118,12 @@ class Runner:
 
     def steps(self, arm: Arm) -> int | None:
         """Steps of an arm's trainings; None while its pilot is wanting."""
-        kind, amount = next(iter(self.study.budget.items()))
-        if kind == "tokens":
-            return max(1, round(amount / self.study.tokens_per_step(arm)))
+        if (steps := self.study.steps(arm)) is not None:
+            return steps
         file = self.out / f"{arm.name}.pilot.json"
         if file.exists():
             seconds = json.loads(file.read_text(encoding="utf-8"))["cpu_seconds_per_step"]
-            return max(1, round(60 * amount / seconds))
+            return max(1, round(60 * self.study.budget["cpu_minutes"] / seconds))
         lines = (read_results(self.study).get((arm.name, seed)) for seed in self.study.seeds)
         return next((line["steps"] for line in lines if line is not None), None)
 

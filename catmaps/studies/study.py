@@ -56,6 +56,10 @@ class Halving:
             raise ValueError("halving: keep lies between 0 and 1, rungs rise to 1")
 
 
+PER_PARAMETER = "tokens_per_parameter"
+"""A budget that grows with the network: of parameters other than the vocabulary's."""
+
+
 @dataclass(frozen=True)
 class Study:
     """A study.json, checked. Every problem of it is a UserError of one line that names the field."""
@@ -66,7 +70,7 @@ class Study:
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
     budget: dict[str, float]
-    """{"tokens": n} or {"cpu_minutes": m}."""
+    """{"tokens": n}, {"tokens_per_parameter": r} or {"cpu_minutes": m}."""
     measures: tuple[tuple[str, dict[str, Any]], ...]
     """Names, and what they are asked to do differently."""
     baseline: str | Overrides
@@ -114,9 +118,16 @@ class Study:
         for arm in self.arms:
             self.config(Job(arm, self.seeds[0]), 1)
 
-    def tokens_per_step(self, arm: Arm) -> int:
+    def steps(self, arm: Arm) -> int | None:
+        """Steps of an arm's trainings, where the budget itself says so; None for CPU minutes."""
+        (kind, amount), *_ = self.budget.items()
+        if kind not in ("tokens", PER_PARAMETER):
+            return None
+        from catmaps.training.shapes import Shape, parameters
+
         config = self.config(Job(arm, 0), 1)
-        return config.training.batch * config.data.length
+        tokens = amount * parameters(Shape.of(config, 2)).body if kind == PER_PARAMETER else amount
+        return max(1, round(tokens / (config.training.batch * config.data.length)))
 
     def _where(self, arm: Arm) -> str:
         return f"{self.file}, arm {arm.name}"
@@ -245,9 +256,9 @@ def _seeds(values: Any) -> tuple[int, ...]:
 
 
 def _budget(value: Any) -> dict[str, float]:
-    kinds = ("tokens", "cpu_minutes")
+    kinds = ("tokens", PER_PARAMETER, "cpu_minutes")
     if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in kinds:
-        raise ValueError('budget is {"tokens": N} or {"cpu_minutes": M}')
+        raise ValueError('budget is {"tokens": N}, {"tokens_per_parameter": R} or {"cpu_minutes": M}')
     (kind, amount), *_ = value.items()
     if isinstance(amount, bool) or not isinstance(amount, int | float) or amount <= 0:
         raise ValueError(f"budget: {kind} must be positive, not {amount!r}")

@@ -70,9 +70,10 @@ def start(config: Config, folder: Path) -> Config:
     shutil.copy(shards / MANIFEST_FILE, folder / MANIFEST_FILE)
     if source is not None:
         write_tensors(source.network.state_dict(), folder / (START if config.base is None else TEACHER))
+    # The law that a source adapted is for who goes on by its clock.
     law = starting_law(config.clock, tokenizer.vocab_size)
     if source is not None and (config.base is not None or config.clock == source.config.clock):
-        law = source.law  # what it adapted is for who goes on by its clock
+        law = source.law
     write_law(law, folder / START_LAW)
     write_config(config, folder)
     (folder / BEGUN).unlink()

@@ -8,6 +8,7 @@ where it is read, at one more head.
 from dataclasses import astuple, dataclass, fields
 
 from catmaps.flow.objective import ObjectiveConfig
+from catmaps.network.embedding import gram_strips
 from catmaps.training.shapes import FEATURES, GAIN_WIDTH, Number, Shape
 
 NEWTON_SCHULZ_STEPS = 5  # of torch.optim.Muon
@@ -152,26 +153,14 @@ class RoleWork:
     """Passes with tangent, with gradient or without."""
     teacher: Work
     recomputed: Work
-    """Done again in the backward pass: beliefs in tiles; blocks under activation checkpointing."""
+    """Done again in the backward pass: blocks under activation checkpointing. Beliefs in tiles are, but no product."""
 
     @property
     def total(self) -> Work:
         return self.gradient + self.targets + self.tangents + self.teacher + self.recomputed
 
 
-def _recomputed(shape: Shape, made: Calls, tiled: bool, checkpointing: bool) -> Work:
-    again = Work()
-    for tangent, times in ((False, made.plain), (True, made.tangent)):
-        if tiled and not shape.linear:
-            again = again + _embedding(shape, tangent) * times
-        if checkpointing:
-            again = again + trunk(shape, tangent) * times
-    return again
-
-
-def role_work(
-    shape: Shape, role: str, share: Number, made: Calls, *, tiled: bool = False, checkpointing: bool = False
-) -> RoleWork:
+def role_work(shape: Shape, role: str, share: Number, made: Calls, *, checkpointing: bool = False) -> RoleWork:
     mixed = Work(embedding=2 * shape.vocabulary * shape.width * made.mixed) if shape.projects else Work()
     again = read(shape) * made.again
     whole, whole_tangent = encode(shape) + read(shape), encode(shape, True) + read(shape, True)
@@ -179,6 +168,7 @@ def role_work(
         whole_tangent = whole_tangent + _embedding(shape, False)
     by_teacher = made.teacher > 0 and role != "psd"
     none = Work()
+    trunks = trunk(shape) * made.plain + trunk(shape, True) * made.tangent
     return RoleWork(
         role,
         share,
@@ -187,7 +177,7 @@ def role_work(
         targets=whole * made.own + read(shape) * made.still + (none if by_teacher else again + mixed),
         tangents=(whole_tangent + backward(shape, True)) * made.tangent + whole_tangent * made.own_tangent,
         teacher=whole * made.teacher + (again + mixed if by_teacher else none),
-        recomputed=_recomputed(shape, made, tiled, checkpointing),
+        recomputed=trunks if checkpointing else none,
     )
 
 
@@ -203,7 +193,6 @@ def roles(
             role,
             share,
             calls(role, teacher, tiled=tiled, skip=shape.skip),
-            tiled=tiled,
             checkpointing=checkpointing,
         )
         for role, share in shares.items()
@@ -218,8 +207,12 @@ def per_token(mixture: tuple[RoleWork, ...], part: str = "total") -> Work:
 
 
 def gram(shape: Shape) -> Number:
-    """FLOPs of W'W and of its gradient, once for each pass with gradient, whatever its tokens; 0 where x is made."""
-    return 4 * shape.vocabulary * shape.width**2 if shape.projects else 0.0
+    """FLOPs of W'W, its lower triangle in strips, and of its gradient, once for each pass with gradient, whatever its
+    tokens; 0 where x is made."""
+    if not shape.projects:
+        return 0.0
+    lower = sum((stop - start) * stop for start, stop in gram_strips(shape.width))
+    return 2 * shape.vocabulary * (lower + shape.width**2)
 
 
 def muon_step(shape: Shape) -> Number:

@@ -1,12 +1,15 @@
 """Benchmarks measure what they say: all cases run, the dense reference is a flow map, ratios are those of the rows."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from catmaps.benchmarks import dense
 from catmaps.benchmarks.case import Case, measure
+from catmaps.benchmarks.plot import plot, series
+from catmaps.benchmarks.profile import profile
 from catmaps.benchmarks.suites import OFFICIAL, SUITES, Ratio, Suite, official_ratio
 from catmaps.cli import main
 
@@ -78,3 +81,26 @@ def test_mistakes_cost_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--suite", "speed"]) == 2
     assert "no suite speed; there are step" in capsys.readouterr().err
     assert main(["bench", "--rounds", "0"]) == 2
+    assert main(["bench", "--repeats", "0"]) == 2
+
+
+def test_profiles_sort_all_of_the_time_into_kinds_of_work() -> None:
+    seconds = profile(replace(SMALL, work="base", input="linear"))
+    assert {"products of width V", "products of blocks", "AdamW"} <= set(seconds)
+    assert min(seconds.values()) >= 0
+    assert list(seconds.values()) == sorted(seconds.values(), reverse=True)
+
+
+def test_a_plot_has_a_line_for_rows_that_differ_by_its_axis_alone(tmp_path: Path) -> None:
+    figures = {"tokens_per_second": 10.0, "peak_bytes": 2**20}
+    cases = {**SUITES["width"]().cases, "dense": Case(work="base", code="dense")}
+    rows = {name: asdict(case) | figures for name, case in cases.items()}
+    assert {name: [row["width"] for row in group] for name, group in series(rows, "width").items()} == {
+        "base, belief, V = 27": [128, 256, 512, 1024]
+    }
+    lengths = {name: asdict(case) | figures for name, case in SUITES["length"]().cases.items()}
+    assert [row["batch"] for row in series(lengths, "length")["base, belief, V = 27"]] == [64, 32, 16, 8, 4]
+    for axis, some in (("width", rows), ("length", lengths)):
+        plot(some, axis, "a plot", tmp_path / f"{axis}.png")
+        assert (tmp_path / f"{axis}.png").stat().st_size > 1000
+    assert main(["bench", "--suite", "step", "--plot", "step.png"]) == 2

@@ -17,16 +17,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from catmaps.flow.finite_step import finite_step_bound, step_costs
 from catmaps.flow.flow_map import FlowMap
+from catmaps.flow.guidance import Guided, Nucleus, Unprompted
 from catmaps.flow.interpolant import Combination, OneHot, advance, interpolate, move, renoise
 from catmaps.flow.likelihood import nelbo
 from catmaps.flow.losses import OFF_DIAGONAL, anchor, endpoint_cross_entropy, soft_cross_entropy
-from catmaps.flow.noise import Noise
+from catmaps.flow.noise import Noise, RowStreams
 from catmaps.flow.reduction import TokenLoss
-from catmaps.flow.samplers import SAMPLERS, sample
+from catmaps.flow.samplers import SAMPLERS, UNHELD_STEPS, sample
 from catmaps.flow.times import Pair, grid, uniform, warp
 from catmaps.model import build_network
 from catmaps.network.denoiser import FlowNetwork, NetworkConfig
-from catmaps.tiles import Fusion, Tile, Weight, add_gradients, split
+from catmaps.tiles import Fusion, Tile, split
+from catmaps.weights import Weight
 
 B, L, V, D = 3, 5, 48, 16
 Mode = Literal["belief", "linear"]
@@ -114,18 +116,32 @@ def test_gradients_of_bf16_products_are_added_up_in_fp32(mode: Mode, skip: bool)
 
 
 def test_sums_of_gradients_keep_the_dtype_of_their_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("catmaps.tiles.ADDED_AT_ONCE", 7)  # a few rows at a time, the last ones fewer
-    weights = [Weight.of(torch.zeros(5, 3), torch.zeros(5, 3).bfloat16()), Weight.of(torch.zeros(()), torch.zeros(()))]
+    monkeypatch.setattr("catmaps.weights.AT_ONCE", 7)  # a few rows at a time, the last ones fewer
+    wide, single = Weight.of(torch.zeros(5, 3), torch.zeros(5, 3).bfloat16()), Weight.plain(torch.zeros(()))
     parts = [torch.randn(5, 3, generator=seeded(i)).bfloat16() for i in range(20)]
-    totals: list[Tensor | None] = [None, None]
     for i, part in enumerate(parts):
-        totals = add_gradients(totals, [part, None if i else torch.ones(())], weights)
-    wide, single = totals
-    assert wide is not None
-    assert single is not None
-    assert wide.dtype == torch.float32
-    torch.testing.assert_close(wide, torch.stack(parts).double().sum(0).float(), rtol=1e-6, atol=1e-6)
-    assert single.item() == 1  # a tile in which it was unused adds nothing
+        wide.add(part)
+        single.add(None if i else torch.ones(()))  # a tile in which it was unused adds nothing
+    assert wide.total is not None
+    assert single.total is not None
+    assert wide.total.dtype == torch.float32
+    torch.testing.assert_close(wide.total, torch.stack(parts).double().sum(0).float(), rtol=1e-6, atol=1e-6)
+    assert single.total.item() == 1
+
+
+@pytest.mark.parametrize("shape", [(11, 3), (3, 11)])
+def test_products_add_the_gradient_of_their_weight(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("catmaps.weights.AT_ONCE", 7)
+    parameter = torch.randn(shape, generator=seeded(0)).requires_grad_()
+    weight = Weight.of(parameter, parameter)
+    x = torch.randn(2, 2, 4, shape[1], generator=seeded(1)).requires_grad_()
+    upstream = torch.randn(2, 2, 4, shape[0], generator=seeded(2))
+    for part, above in zip(x, upstream, strict=True):
+        (own,) = torch.autograd.grad(weight.product(part), part, above)
+        torch.testing.assert_close(own, above @ parameter)
+    expected = torch.einsum("kblo,kbli->oi", upstream, x)
+    torch.testing.assert_close(weight.take(), expected, rtol=1e-5, atol=1e-6)
+    assert weight.total is None
 
 
 @pytest.mark.parametrize("mode", ["belief", "linear"])
@@ -204,6 +220,7 @@ def biggest(work: object, *args: object) -> int:
 
 
 WIDE, MANY = 4000, 24  # vocabulary, positions of a text: two texts make 192,000 numbers
+SHORT = 8  # positions of a text that fits in a tile
 
 
 def wide_network(mode: Mode) -> FlowNetwork:
@@ -300,6 +317,48 @@ def test_tiled_samples_are_those_of_one_tile(name: str, mode: Mode, skip: bool) 
         drawn.append(sample(flow_map, SAMPLERS[name], grid(warp(V), 3), (B, L, V), **given))
         assert torch.equal(drawn[-1][known], tokens[known])
     assert torch.equal(drawn[0], drawn[1])
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("steps", [3, 12])
+def test_texts_carried_a_few_at_a_time_are_those_of_the_batch(name: str, by_row: bool, steps: int) -> None:
+    """Who watches sees all texts together: the batch as one."""
+    tokens, known = torch.randint(V, (B, L), generator=seeded(3)), times().s == 1
+    net = network("belief", True, tile=2 * L * V).requires_grad_(False)
+    drawn = []
+    for watch in (None, lambda t, endpoint: None):
+        for given in ({}, {"tokens": tokens, "known": known}):
+            source = RowStreams(torch.tensor([4, 9, 2])) if by_row else seeded(2)
+            flow_map = FlowMap(Guided(FlowMap(net), FlowMap(Unprompted(FlowMap(net), noise())), 1.5) if given else net)
+            options = {**given, "generator": source, "watch": watch}
+            drawn.append(sample(flow_map, SAMPLERS[name], grid(warp(V), steps), (B, L, V), **options))
+    if by_row or steps <= UNHELD_STEPS or name not in ("renoise", "localisation"):
+        # Longer, and from one generator, a batch that is held draws its later noise whole.
+        assert torch.equal(drawn[0], drawn[2])
+        assert torch.equal(drawn[1], drawn[3])
+    assert torch.equal(drawn[1][known], tokens[known])
+
+
+def noise() -> Tensor:
+    return Noise.of((3, 4), torch.arange(B), L, V).x
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
+@pytest.mark.parametrize("steps", [3, 12])
+def test_no_held_state_is_wider_than_a_few_texts(name: str, steps: int) -> None:
+    """Five texts, a tile of two: guidance, a prompt and many steps hold no more."""
+    net = wide_network("belief").requires_grad_(False)
+    net.tile = 2 * SHORT * WIDE
+    known = (torch.arange(SHORT) < 2).expand(5, -1)
+    hidden = Unprompted(FlowMap(net), Noise.of((3, 4), torch.arange(5), SHORT, WIDE))
+    flow_map = FlowMap(Nucleus(FlowMap(Guided(FlowMap(net), FlowMap(hidden), 1.5)), 0.9))
+
+    def draw() -> None:
+        given = {"tokens": known.long(), "known": known, "generator": seeded(1)}
+        sample(flow_map, SAMPLERS[name], torch.linspace(0, 1, steps + 1), (5, SHORT, WIDE), **given)
+
+    assert biggest(draw) <= 2 * SHORT * WIDE
 
 
 def test_a_tile_remembers_what_it_cut() -> None:

@@ -77,6 +77,24 @@ def test_factor_of_the_table_and_its_gradient() -> None:
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("noisy", [True, False])
+def test_gradients_of_tokens_and_of_noise_come_together_in_the_table(noisy: bool) -> None:
+    embedding = LinearEmbedding(30, 4).double()
+    weight, tokens = embedding.table.weight, torch.tensor([[3, 29, 3], [0, 7, 3]])
+    normal = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1), dtype=F64)
+    direction = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(2), dtype=F64)
+
+    def projected(vectors: Tensor, factor: Tensor) -> Tensor:
+        return ((vectors + normal @ factor.mT if noisy else vectors) * direction).sum()
+
+    projection = embedding.projection(torch.float64)
+    (ours,) = torch.autograd.grad(projected(projection.columns(tokens), projection.factor), weight)
+    gram = weight @ weight.mT
+    factor = torch.linalg.cholesky(gram + JITTER * gram.detach().diagonal().mean() * torch.eye(4, dtype=F64))
+    (expected,) = torch.autograd.grad(projected(weight.mT[tokens], factor), weight)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_a_factor_is_kept_until_its_table_changes() -> None:
     embedding = LinearEmbedding(30, 4).requires_grad_(False)
     first = embedding.projection(torch.float32).factor

@@ -31,7 +31,11 @@ def test_neighbours_are_a_depthwise_convolution(causal: bool) -> None:
     torch.testing.assert_close(near(y), y)
     near.weight.data.normal_(generator=seeded(1))
     padded = F.pad(y.mT, (2, 0 if causal else 2))
-    torch.testing.assert_close(near(y), y + F.conv1d(padded, near.weight.mT[:, None], groups=4).mT)
+    expected = y + F.conv1d(padded, near.weight.mT[:, None], groups=4).mT
+    torch.testing.assert_close(near(y), expected)  # with gradients, and without
+    with torch.no_grad():
+        torch.testing.assert_close(near(y), expected)
+        torch.testing.assert_close(near(y[:, :1]), near.float()(y[:, :1].float()).double())
 
 
 @pytest.mark.parametrize("dense_length", [trunk.DENSE_LENGTH, 0], ids=["products", "fused"])
