@@ -104,7 +104,7 @@ class TrainingConfig:
     """Of matrix products; weights, softmax and losses are fp32."""
     compile: bool = True
     """Compile the blocks (about half a minute at the start)."""
-    tile_megabytes: int = 24
+    tile_megabytes: int = 25
     """Of the largest tensor in a tile of vocabulary-sized work; a few live at a time. From 32 on memory is slower to
     get on CPUs (`catmaps.allocator`)."""
     threads: int | None = None

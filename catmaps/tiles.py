@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from catmaps.weights import Weight, add_gradients
 
-NUMBERS = 24 * 2**18
-"""Default size of a tile: positions x vocabulary, 24 MiB of fp32. A few such tensors live at a time."""
+NUMBERS = 25 * 2**18
+"""Default size of a tile: positions x vocabulary, 25 MiB of fp32 or a text of 128 tokens at V = 50k. A few such tensors
+live at a time."""
 
 
 @runtime_checkable
@@ -113,7 +114,8 @@ def over_tiles(
     tiles = list(split(*shape, numbers))
     given = [weight for weight, _ in weights]
     if len(tiles) == 1:
-        return work(tiles[0], *map(Weight.plain, given))
+        seen = given if torch.is_grad_enabled() else [cast for _, cast in weights]
+        return work(tiles[0], *map(Weight.plain, seen))
 
     def forgetful(tile: Tile, *some: Weight) -> Tensor:
         return work(replace(tile, memory={}), *some)  # what a tile remembers would else live until the backward pass

@@ -47,7 +47,7 @@ class Case:
     heads: int = 4
     precision: Literal["bf16", "fp32"] = "bf16"
     compile: bool = True
-    tile_megabytes: int = 24
+    tile_megabytes: int = 25
     threads: int = 2
     repeats: int = 5
     clock: Literal["wall", "cpu"] = "wall"
