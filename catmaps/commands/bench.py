@@ -91,26 +91,13 @@ class Bench:
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """Processor, cores, versions and date."""
-    import os
-    import platform
+    """Processor, cores, versions, commit and date."""
     import time
 
-    import torch
-
     from catmaps import __version__
+    from catmaps.studies.results import machine
 
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    versions = {"torch": torch.__version__, "python": platform.python_version(), "catmaps": __version__}
-    return {
-        "processor": model,
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "date": time.strftime("%Y-%m-%d"),
-        **versions,
-    }
+    return machine() | {"threads": threads, "date": time.strftime("%Y-%m-%d"), "catmaps": __version__}
 
 
 def table(name: str, rows: dict[str, dict[str, Any]]) -> Any:
