@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from catmaps import __version__
+from catmaps.allocator import hand_back_freed_memory
 from catmaps.server import asks
 from catmaps.server.answers import Answers
 from catmaps.server.guard import Guard
@@ -27,6 +28,8 @@ from catmaps.server.writing import Choice, Writer
 LOG = logging.getLogger("catmaps.server")
 BODY_SECONDS = 10.0
 """For a client to send a request."""
+TIDY_SECONDS = 30.0
+"""Between two times that freed memory is handed back: else a server keeps the most that batches ever took at once."""
 
 
 def create_app(service: Service) -> FastAPI:
@@ -34,7 +37,9 @@ def create_app(service: Service) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        tidying = asyncio.create_task(_tidying())
         yield
+        tidying.cancel()
         service.closing = True
         await asyncio.to_thread(service.batcher.close)
 
@@ -64,6 +69,12 @@ def create_app(service: Service) -> FastAPI:
         return JSONResponse(answers.whole(choices))
 
     return app
+
+
+async def _tidying() -> None:
+    while True:
+        await asyncio.sleep(TIDY_SECONDS)
+        await asyncio.to_thread(hand_back_freed_memory)
 
 
 def _pages(app: FastAPI, service: Service) -> None:

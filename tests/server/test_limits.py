@@ -16,7 +16,7 @@ from live_server import Live, live
 
 from catmaps.cli import main
 from catmaps.model import Run
-from catmaps.server import batching
+from catmaps.server import app, batching
 from catmaps.server.pieces import Ids, Piece
 
 
@@ -91,6 +91,16 @@ def test_what_a_client_leaves_is_not_drawn(map_run: Path, slow: Slow) -> None:
         assert first.result().status_code == 200
         assert server.ask(prompt="red", max_tokens=8).status_code == 200
         assert slow.drawn == 2
+
+
+def test_freed_memory_is_handed_back_while_it_serves(map_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handed = threading.Semaphore(0)
+    monkeypatch.setattr(app, "TIDY_SECONDS", 0.01)
+    monkeypatch.setattr(app, "hand_back_freed_memory", handed.release)
+    with live(map_run) as server:
+        for _ in range(3):
+            assert handed.acquire(timeout=20)
+        assert len(server.texts(max_tokens=4)) == 1
 
 
 def test_a_fault_of_ours_answers_500_and_tells_nothing(map_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
