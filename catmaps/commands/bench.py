@@ -95,9 +95,9 @@ def machine(threads: int) -> dict[str, Any]:
     import time
 
     from catmaps import __version__
-    from catmaps.studies.results import machine
+    from catmaps.studies.results import machine as described
 
-    return machine() | {"threads": threads, "date": time.strftime("%Y-%m-%d"), "catmaps": __version__}
+    return described() | {"threads": threads, "date": time.strftime("%Y-%m-%d"), "catmaps": __version__}
 
 
 def table(name: str, rows: dict[str, dict[str, Any]]) -> Any:
