@@ -1,14 +1,16 @@
-"""Is a flow map in a few calls as good as its base in 64 Euler steps?
+"""Is a flow map in a few calls as good as its base in many Euler steps?
 
-Rows: the map at 1, 2, 4, 8 calls, the base at 4 and 64 steps, and texts of known worth (i.i.d. letters, Markov chains,
-which must fail, and held-out text, which must pass). Measures, docs/log.md: forward order-6 bits, reverse order-4
-bits of held-out text under a model of the samples, both on samples of the trained length; token entropy and word
-distinct-2 beside held-out text, on texts of 1,024 characters, which a model writes block by block.
+Rows: the map at 1, 2, 4, 8 calls, the base at 4 and more steps, and texts of known worth (i.i.d. letters, Markov
+chains, which must fail, and held-out text, which must pass). Measures, docs/log.md: forward order-6 bits, reverse
+order-4 bits of held-out text under a model of the samples, both on samples of the trained length; token entropy and
+word distinct-2 beside held-out text, on texts of 1,024 characters, which a model writes block by block.
 """
 
 import argparse
+import json
 import math
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,10 +19,9 @@ from common import in_parallel, record
 from rich.console import Console
 
 from catmaps.evaluation.collect import build_judge, judge_length, long_texts
-from catmaps.evaluation.judge import Judge
-from catmaps.evaluation.quality import HELDOUT, Bars, Quality, control_rows, quality, quality_table, verdict
+from catmaps.evaluation.quality import HELDOUT, Bars, control_rows, quality, quality_table, verdict
 from catmaps.generation import SamplingConfig, generate_texts
-from catmaps.model import compile_blocks, load_run
+from catmaps.model import Run, compile_blocks, load_run
 from catmaps.training.train import cache_folder, find_shards
 
 
@@ -34,19 +35,43 @@ class Job(NamedTuple):
     num_texts: int
     seed: int = 0
     temperature: float = 1.0
+    draws: Path | None = None
+
+    @property
+    def kept(self) -> Path | None:
+        """Where its texts are kept."""
+        name = f"{self.run.name}-{self.sampler}-{self.steps}-{self.temperature}-{self.num}-{self.num_texts}-{self.seed}"
+        return None if self.draws is None else self.draws / f"{name}.json"
+
+
+@cache
+def _ready(path: Path) -> Run:
+    run = load_run(path)
+    compile_blocks(run.network)
+    return run
 
 
 def draw(job: Job) -> tuple[list[str], list[str]]:
-    """Samples of the trained length, long texts."""
-    run = load_run(job.run)
-    compile_blocks(run.network)
+    """Samples of the trained length, long texts; those that are kept are not drawn again."""
+    if job.kept is not None and job.kept.exists():
+        samples, texts = json.loads(job.kept.read_text())
+        return samples, texts
+    drawn = _draw(job)
+    if job.kept is not None:
+        job.kept.parent.mkdir(parents=True, exist_ok=True)
+        job.kept.write_text(json.dumps(drawn))
+    return drawn
+
+
+def _draw(job: Job) -> tuple[list[str], list[str]]:
+    run = _ready(job.run)
     config = SamplingConfig(steps=job.steps, sampler=job.sampler, seed=job.seed, batch=128, temperature=job.temperature)
     judge = build_judge(find_shards(run.config), run.tokenizer, cache_folder())
     return generate_texts(run, job.num, config), long_texts(run, judge, config, job.num_texts)
 
 
-def rows(jobs: dict[str, Job], judge: Judge, workers: int) -> dict[str, Quality]:
-    """Quality by name; every job is dealt to all workers in equal parts."""
+def drawn_rows(jobs: dict[str, Job], workers: int) -> dict[str, tuple[list[str], list[str]]]:
+    """Texts by name; every job is dealt to all workers in equal parts."""
     parts = [
         job._replace(
             num=math.ceil(job.num / workers),
@@ -56,12 +81,11 @@ def rows(jobs: dict[str, Job], judge: Judge, workers: int) -> dict[str, Quality]
         for job in jobs.values()
         for worker in range(workers)
     ]
-    drawn = in_parallel(draw, parts, workers)
-    measured = {}
+    drawn, found = in_parallel(draw, parts, workers), {}
     for i, name in enumerate(jobs):
-        samples, texts = ([text for part in drawn[i * workers : (i + 1) * workers] for text in part[k]] for k in (0, 1))
-        measured[name] = quality(samples, judge, texts)
-    return measured
+        own = drawn[i * workers : (i + 1) * workers]
+        found[name] = ([text for part in own for text in part[0]], [text for part in own for text in part[1]])
+    return found
 
 
 def main() -> None:
@@ -72,6 +96,9 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=128, help="long texts per row")
     parser.add_argument("--workers", type=int, default=2, help="one-core processes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--base-steps", type=int, nargs="+", default=[4, 64], help="the last is the map's measure")
+    parser.add_argument("--draws", type=Path, help="folder where texts are kept: those found there are not drawn again")
+    parser.add_argument("--only-draw", action="store_true", help="measure nothing; for --draws on another machine")
     parser.add_argument("--name", default="few_steps", help="of the record")
     options = parser.parse_args()
     run = load_run(options.map)
@@ -82,16 +109,19 @@ def main() -> None:
         *((f"map, {n} calls", options.map, n, "renoise", 1.0) for n in (1, 2, 4, 8)),
         *((f"map, {n} calls at temperature 0.8", options.map, n, "renoise", 0.8) for n in (1, 4)),
         ("map, 4 calls of flow_map", options.map, 4, "flow_map", 1.0),
-        *((f"base, {n} Euler steps", options.base, n, "euler", 1.0) for n in (4, 64)),
+        *((f"base, {n} Euler steps", options.base, n, "euler", 1.0) for n in options.base_steps),
     ]
     jobs = {
-        name: Job(run, n, sampler, num, options.texts, options.seed, temperature)
+        name: Job(run, n, sampler, num, options.texts, options.seed, temperature, options.draws)
         for name, run, n, sampler, temperature in draws
     }
-    measured = rows(jobs, judge, options.workers)
+    drawn = drawn_rows(jobs, options.workers)
+    if options.only_draw:
+        return
+    measured = {name: quality(samples, judge, texts) for name, (samples, texts) in drawn.items()}
     controls = control_rows(judge, length, num, np.random.default_rng(options.seed), options.texts)
     everything = {**measured, **controls}
-    base, reference = measured["base, 64 Euler steps"], controls[HELDOUT]
+    base, reference = measured[f"base, {options.base_steps[-1]} Euler steps"], controls[HELDOUT]
     Console(width=150).print(quality_table(everything, reference))
     verdicts = {}
     for name, row in everything.items():

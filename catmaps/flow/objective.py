@@ -5,7 +5,7 @@ micro-batches sees the same draws. Base training is the plan without off-diagona
 differ in the mixture and in the teacher alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -107,21 +107,21 @@ def plan(
     anchored = place < config.off_diagonal * config.anchor
     role = off.long() + anchored.long()
     t = law.quantile(stratified(batch, generator))[:, None]
-    pair = _pairs(config, law, sampling or law, anchored, generator)
+    draws = [stratified(batch, generator) for _ in range(8)]  # also where no row needs them: bases keep their numbers
+    pair = _pairs(config, law, sampling or law, anchored, draws) if bool(off.any()) else Pair(t, t, t)
     known = clean_positions(batch, length, config.clean, generator)
     weight = torch.ones_like(t) if weigh is None else torch.where(off[:, None], 1.0, weigh(t[:, 0])[:, None])
     return Plan(role, Pair(*(torch.where(off[:, None], p, t) for p in pair)), known, weight)
 
 
 def _pairs(
-    config: ObjectiveConfig, law: Law, sampling: Law, anchored: Bool[Tensor, "b"], generator: torch.Generator
+    config: ObjectiveConfig, law: Law, sampling: Law, anchored: Bool[Tensor, "b"], draws: Sequence[Float[Tensor, "b"]]
 ) -> Pair:
     """Off-diagonal times of every row: anchors, (0, 1), final jumps, rungs of the ladder, and general pairs.
 
     Lagrangian losses get anchors and general pairs alone: the others end at t = 1.
     """
-    batch = len(anchored)
-    gap, start, boundary, final, early, ladder, rung, place = (stratified(batch, generator) for _ in range(8))
+    gap, start, boundary, final, early, ladder, rung, place = draws
     gap = torch.where(anchored, gap * config.anchor_gap, gap)
     if config.loss in LAGRANGIAN:
         return pairs(law, gap, start, boundary, share=0.0)

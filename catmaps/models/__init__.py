@@ -1,7 +1,7 @@
 """Models that come with the package, each the folder of a run without its checkpoints, known by the folder's name.
 
 `letters` is a flow map and what `catmaps sample` takes when no run is named; `letters-base` is the base it comes from,
-which `catmaps score` takes.
+which `catmaps score` takes. `words` and `words-base` are the same on a BPE of 4,096, with capitals and punctuation.
 A folder of that name where the command runs goes before.
 """
 

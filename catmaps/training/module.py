@@ -1,5 +1,8 @@
 """What a batch does: plan it, draw its noise, backward over micro-batches, step, follow with the moving average."""
 
+# torch's optimisers are made of its _foreach functions, which it does not export.
+# pyright: reportPrivateImportUsage=false
+
 import time
 from pathlib import Path
 from typing import Any
@@ -104,8 +107,8 @@ class FlowTrainModule(TrainModule):
         optimiser, step = self.config.optimiser, self.trainer.global_step
         if not self.sharded:
             gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-            for gradient, summed in zip(gradients, _sum_over_processes(gradients), strict=True):
-                gradient.copy_(summed)
+            if get_world_size() > 1:
+                torch._foreach_copy_(gradients, _sum_over_processes(gradients))
         norm = whole(nn.utils.clip_grad_norm_(self.network.parameters(), optimiser.clip))
         factor = rate(step, self.config.training.steps, optimiser)
         self.record_metric("gradient_norm", norm, ReduceType.max)
@@ -121,8 +124,8 @@ class FlowTrainModule(TrainModule):
             o.step()
         decay = min(self.config.optimiser.ema, step / (step + 9))
         with torch.no_grad():
-            for mean, own in zip(self.average.parameters(), self.network.parameters(), strict=True):
-                local(mean).lerp_(local(own), 1 - decay)
+            means, owns = ([local(p) for p in net.parameters()] for net in (self.average, self.network))
+            torch._foreach_lerp_(means, owns, 1 - decay)  # one kernel for all: launching them takes an accelerator long
         for net in (self.network, self.average):  # fused optimisers and gathers leave a tensor's version as it was
             forget_casts(net)
         if self._added is not None:

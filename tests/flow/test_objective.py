@@ -58,6 +58,13 @@ def test_base_training_is_the_plan_without_off_diagonal_rows() -> None:
     assert bool((everything.role == ANCHOR).all())
 
 
+def test_bases_draw_the_numbers_they_would_beside_off_diagonal_rows() -> None:
+    base, mixed = (plan(c, CLOCK, 32, 16, seeded(7)) for c in (ObjectiveConfig(), MIXED))
+    assert torch.equal(base.known, mixed.known)
+    diagonal = mixed.role == DIAGONAL
+    assert torch.equal(base.times.t[diagonal], mixed.times.t[diagonal])
+
+
 @pytest.mark.parametrize("vocab_size", [27, 50257])
 def test_times_are_ordered_and_lie_inside(vocab_size: int) -> None:
     drawn = plan(MIXED, warp(vocab_size), 4096, 4, seeded(5))

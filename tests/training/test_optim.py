@@ -9,12 +9,12 @@ import pytest
 import torch
 from tiny_runs import began, rows, tiny, trained, weights
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon
+from torch.optim import AdamW
 
 from catmaps.config import OptimiserConfig
 from catmaps.model import build_network
 from catmaps.network.denoiser import FlowNetwork, NetworkConfig, uniform_log_prior
-from catmaps.training.optim import build_optimisers, rate, set_rate
+from catmaps.training.optim import Muon, build_optimisers, rate, set_rate, step_together
 
 pytest.importorskip("olmo_core")
 
@@ -40,6 +40,35 @@ def test_muon_takes_the_matrices_of_the_blocks() -> None:
     taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
     parts = ("qkv", "attention_out", "up", "down")
     assert taken == {f"trunk.blocks.{block}.{part}.weight" for block in (0, 1) for part in parts}
+
+
+def test_matrices_that_step_together_step_as_torch_has_them_step() -> None:
+    shapes, generator = [(8, 8), (24, 8), (8, 8), (8, 32), (24, 8)], torch.Generator().manual_seed(0)
+    alone = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    together = [nn.Parameter(p.detach().clone()) for p in alone]
+    theirs, ours = (torch.optim.Muon(ps, lr=0.02, weight_decay=0.1) for ps in (alone, together))
+    for _ in range(3):
+        for a, b in zip(alone, together, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        theirs.step()
+        with torch.no_grad():
+            step_together(together, ours.state, ours.param_groups[0])
+    for a, b in zip(alone, together, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0.02 * 2**-7)
+        torch.testing.assert_close(theirs.state[a], ours.state[b])
+
+
+def test_on_cpus_muon_is_torchs_own() -> None:
+    nets = [network() for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    matrices = [[p for p in net.trunk.blocks.parameters() if p.ndim == 2 and min(p.shape) > 8] for net in nets]
+    for ours, theirs in zip(*matrices, strict=True):
+        ours.grad = torch.ones_like(ours)
+        theirs.grad = torch.ones_like(theirs)
+    Muon(matrices[0], lr=0.1).step()
+    torch.optim.Muon(matrices[1], lr=0.1).step()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*matrices, strict=True))
 
 
 def test_only_matrices_outside_the_gains_are_decayed() -> None:
