@@ -58,7 +58,7 @@ COMMANDS = {
             "train small --data.shards shards --training.steps 10000 --out runs/own",
             "train small --out runs/base --tracking.to tensorboard",
             "train --resume runs/base",
-            "train --from letters-base --data.shards shards --training.steps 500 --out runs/tuned",
+            "train quickstart --from letters-base --data.shards shards --training.steps 150 --out runs/tuned",
         ),
     ),
     "distill": Entry(

@@ -45,7 +45,7 @@ print(AutoModel.from_pretrained("exported", trust_remote_code=True).generate(see
 "$catmaps" plan tiny --gpus 4 --vocabulary 4096 --simulate --json | json 'd["simulation"]["agrees"]'
 "$catmaps" score map --split test --windows 8 --json | json '3 < d["nelbo_bits_per_char"] < 6'
 echo 'It was the best of times, it was the worst of times' >own.txt
-"$catmaps" score own.txt --json | json 'd["run"] == "letters-base" and 1 < d["nelbo_bits_per_char"] < 3'
+"$catmaps" score own.txt --json | json 'd["run"] == "words-base" and 1 < d["nelbo_bits_per_char"] < 3'
 "$catmaps" sample --num 2 --json | json 'len(d["texts"]) == 2'
 "$catmaps" score base own.txt --json | json 'd["characters"] > 40'
 "$catmaps" info map --json | json 'd["kind"] == "flow map"'

@@ -12,7 +12,7 @@ from catmaps.hub.export import export_run
 from catmaps.model import MODEL, load_run, read_tensors
 from catmaps.network.denoiser import NetworkConfig
 
-BASES = {"letters": True, "letters-base": False}
+BASES = {"words": True, "words-base": False}
 
 
 @pytest.fixture
@@ -30,11 +30,11 @@ def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_sample_and_score_need_no_run(packaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("text.txt").write_text("the cat sat on the mat")
     said = []
-    for run in (["letters"], [], [str(packaged / "letters")]):
+    for run in (["words"], [], [str(packaged / "words")]):
         assert main(["sample", *run, "--num", "2", "--seed", "3"]) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] == said[2] != ""
-    for run in (["letters-base"], []):
+    for run in (["words-base"], []):
         assert main(["score", *run, "text.txt", "--samples", "2"]) == 0
         said.append(capsys.readouterr().out)
     assert said[3] == said[4]
@@ -43,21 +43,21 @@ def test_sample_and_score_need_no_run(packaged: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_folder_of_that_name_goes_before(packaged: Path) -> None:
-    make_run(Path("letters"), config_of(a_map=False))
-    assert load_run(models.DEFAULT).path == Path("letters")
-    assert load_run(models.BASE).path == packaged / "letters-base"
+    make_run(Path("words"), config_of(a_map=False))
+    assert load_run(models.DEFAULT).path == Path("words")
+    assert load_run(models.BASE).path == packaged / "words-base"
     assert models.located(Path("nowhere")) == Path("nowhere")
-    assert models.located(Path("sub/letters")) == Path("sub/letters")
+    assert models.located(Path("sub/words")) == Path("sub/words")
 
 
 def test_it_is_never_resumed(packaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--resume", "letters"]) == 2
-    assert "letters comes with the package and has no checkpoints" in capsys.readouterr().err
+    assert main(["train", "--resume", "words"]) == 2
+    assert "words comes with the package and has no checkpoints" in capsys.readouterr().err
 
 
 def test_an_unknown_name_is_told_those_that_there_are(packaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sample", "nowhere"]) == 2
-    assert "with the package come letters, letters-base" in capsys.readouterr().err
+    assert "with the package come words, words-base" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("half", [False, True])

@@ -24,7 +24,7 @@ class Sample:
     """
 
     run_: tyro.conf.Positional[Path] = DEFAULT
-    """Folder of a run; `letters` comes with the package."""
+    """Folder of a run; `words` and `letters` come with the package."""
     steps: int | None = None
     """Steps of the sampler: network calls (heun: 2 steps - 1)."""
     num: int = 8

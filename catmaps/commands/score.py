@@ -28,7 +28,7 @@ class Score:
     """
 
     run_: tyro.conf.Positional[Path] = BASE
-    """Folder of a run; `letters-base` comes with the package, and is taken where a file comes first."""
+    """Folder of a run; `words-base` comes with the package, and is taken where a file comes first."""
     files: tyro.conf.Positional[tuple[Path, ...]] = ()
     """UTF-8 text files, each one text; - is standard input."""
     split: Literal["train", "valid", "test"] | None = None

@@ -1,15 +1,15 @@
 """Models that come with the package, each the folder of a run without its checkpoints, known by the folder's name.
 
-`letters` is a flow map and what `catmaps sample` takes when no run is named; `letters-base` is the base it comes from,
-which `catmaps score` takes. `words` and `words-base` are the same on a BPE of 4,096, with capitals and punctuation.
+`words` is a flow map on a BPE of 4,096 and what `catmaps sample` takes when no run is named; `words-base` is the base
+it comes from, which `catmaps score` takes. `letters` and `letters-base` are the same on 27 symbols.
 A folder of that name where the command runs goes before.
 """
 
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-DEFAULT = Path("letters")
-BASE = Path("letters-base")
+DEFAULT = Path("words")
+BASE = Path("words-base")
 
 
 def names() -> list[str]:
