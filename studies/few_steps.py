@@ -19,7 +19,8 @@ from common import in_parallel, record
 from rich.console import Console
 
 from catmaps.evaluation.collect import build_judge, judge_length, long_texts
-from catmaps.evaluation.quality import HELDOUT, Bars, control_rows, quality, quality_table, verdict
+from catmaps.evaluation.judge import Judge
+from catmaps.evaluation.quality import HELDOUT, Bars, Quality, control_rows, quality, quality_table, verdict
 from catmaps.generation import SamplingConfig, generate_texts
 from catmaps.model import Run, compile_blocks, load_run
 from catmaps.training.train import cache_folder, find_shards
@@ -88,6 +89,12 @@ def drawn_rows(jobs: dict[str, Job], workers: int) -> dict[str, tuple[list[str],
     return found
 
 
+def rows(jobs: dict[str, Job], judge: Judge, workers: int) -> dict[str, Quality]:
+    """Quality by name."""
+    drawn = drawn_rows(jobs, workers)
+    return {name: quality(samples, judge, texts) for name, (samples, texts) in drawn.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("map", type=Path)
@@ -115,10 +122,10 @@ def main() -> None:
         name: Job(run, n, sampler, num, options.texts, options.seed, temperature, options.draws)
         for name, run, n, sampler, temperature in draws
     }
-    drawn = drawn_rows(jobs, options.workers)
     if options.only_draw:
+        drawn_rows(jobs, options.workers)
         return
-    measured = {name: quality(samples, judge, texts) for name, (samples, texts) in drawn.items()}
+    measured = rows(jobs, judge, options.workers)
     controls = control_rows(judge, length, num, np.random.default_rng(options.seed), options.texts)
     everything = {**measured, **controls}
     base, reference = measured[f"base, {options.base_steps[-1]} Euler steps"], controls[HELDOUT]

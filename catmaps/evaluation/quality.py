@@ -225,7 +225,12 @@ def control_rows(
         if context < judge.forward.order:
 
             def chains(count: int, size: int, context: int = context) -> list[str]:
-                return [judge.text(row) for row in markov_text(judge.forward, context, (count, size), rng)]
+                symbols = size  # of bytes some do not decode, or several to one character
+                while True:
+                    drawn = [judge.text(row) for row in markov_text(judge.forward, context, (count, symbols), rng)]
+                    if min(map(len, drawn)) >= size:
+                        return [text[:size] for text in drawn]
+                    symbols += symbols // 8 + 8
 
             texts = None if num_texts is None else chains(num_texts, judge.config.min_chars)
             rows[name] = quality(chains(num, length), judge, texts)

@@ -57,6 +57,14 @@ def judge() -> Judge:
     return Judge.build(train, [language(90_000, 7), language(40_000, 8)], PairIds())
 
 
+def test_controls_in_bytes_are_as_long_as_asked_in_characters() -> None:
+    train = [language(60_000, 3).replace("shi", "ší").replace("ka", "ké")]
+    of_bytes = Judge.build(train, [language(30_000, 4)], LetterIds(), JudgeConfig(alphabet=None, min_chars=200))
+    rows = control_rows(of_bytes, 64, 40, np.random.default_rng(0), num_texts=4)
+    assert {row.text_chars for row in rows.values()} == {200}
+    assert {row.num_chars for row in rows.values()} == {64 * 40}
+
+
 def test_join_texts_reaches_the_length_and_drops_the_rest() -> None:
     assert join_texts(["abc", "de", "fgh", "i"], 6) == ["abc de"]
     assert join_texts(["abc", "de", "fgh", "ij"], 6) == ["abc de", "fgh ij"]
