@@ -63,7 +63,10 @@ class Muon(torch.optim.Muon):
 
 
 def step_together(matrices: Sequence[Tensor], state: dict[Tensor, Any], group: dict[str, Any]) -> None:
-    """A step of Muon on matrices of any shapes, equal ones stacked; `state` and `group` as torch's Muon has them."""
+    """A step of Muon on matrices of any shapes, equal ones stacked; `state` and `group` as torch's Muon has them.
+
+    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; torch.optim.Muon.
+    """
     by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
     for matrix in matrices:
         by_shape[matrix.shape].append(matrix)
