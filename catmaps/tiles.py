@@ -60,6 +60,13 @@ class Tile:
             self.memory[id(value)] = (value, value.cut(self))
         return self.memory[id(value)][1]
 
+    def put(self, part: Shaped[Tensor, "_ n *d"], whole: Tensor | None) -> Shaped[Tensor, "_ m *d"]:
+        """Copies a tile's values to their place among those of all positions; None: these are made."""
+        if whole is None:
+            whole = part.new_empty(1, self.batch * self.length, *part.shape[2:])
+        whole[:, self.start : self.stop] = part
+        return whole
+
 
 def split(batch: int, length: int, vocab_size: int, numbers: int) -> Iterator[Tile]:
     """Tiles of at most `numbers` numbers each (one position at least), of nearly equal size."""
@@ -68,6 +75,16 @@ def split(batch: int, length: int, vocab_size: int, numbers: int) -> Iterator[Ti
     each = -(-positions // parts)
     for start in range(0, positions, each):
         yield Tile(batch, length, start, min(start + each, positions))
+
+
+def _joined(tiles: Sequence[Tile], part: Callable[[Tile], Tensor]) -> Tensor:
+    """Results of tiles, each copied to its place at once: kept one by one between the tiles' large tensors they would
+    cut up freed memory, so that the next large tensor finds no room there and memory grows with every tile."""
+    joined = None
+    for tile in tiles:
+        joined = tile.put(part(tile), joined)
+    assert joined is not None
+    return joined
 
 
 class _WeightedTiles(torch.autograd.Function):
@@ -80,7 +97,7 @@ class _WeightedTiles(torch.autograd.Function):
         del parameters  # the weights', which autograd has to see
         ctx.work, ctx.tiles, ctx.weights = work, tiles, weights
         still = [Weight.plain(w.leaf.detach()) for w in weights]
-        return torch.cat([work(tile, *still) for tile in tiles], 1)
+        return _joined(tiles, lambda tile: work(tile, *still))
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -121,7 +138,8 @@ def over_tiles(
         return work(replace(tile, memory={}), *some)  # what a tile remembers would else live until the backward pass
 
     if not torch.is_grad_enabled():
-        joined = torch.cat([forgetful(tile, *(Weight.plain(cast) for _, cast in weights)) for tile in tiles], 1)
+        still = [Weight.plain(cast) for _, cast in weights]
+        joined = _joined(tiles, lambda tile: forgetful(tile, *still))
     elif weights:
         joined = _WeightedTiles.apply(forgetful, tiles, [Weight.of(*weight) for weight in weights], *given)
         assert isinstance(joined, Tensor)

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from catmaps.evaluation.collect import build_judge, judge_length, long_texts
 from catmaps.evaluation.judge import Judge
-from catmaps.evaluation.quality import HELDOUT, Bars, Quality, control_rows, quality, quality_table, verdict
+from catmaps.evaluation.quality import HELDOUT, Bars, Quality, control_rows, evenly, quality, quality_table, verdict
 from catmaps.generation import SamplingConfig, generate_texts
 from catmaps.model import Run, compile_blocks, load_run
 from catmaps.training.train import cache_folder, find_shards
@@ -92,6 +92,7 @@ def drawn_rows(jobs: dict[str, Job], workers: int) -> dict[str, tuple[list[str],
 def rows(jobs: dict[str, Job], judge: Judge, workers: int) -> dict[str, Quality]:
     """Quality by name."""
     drawn = drawn_rows(jobs, workers)
+    judge = evenly(judge, (samples for samples, _ in drawn.values()))
     return {name: quality(samples, judge, texts) for name, (samples, texts) in drawn.items()}
 
 
@@ -126,6 +127,7 @@ def main() -> None:
         drawn_rows(jobs, options.workers)
         return
     measured = rows(jobs, judge, options.workers)
+    judge = evenly(judge, (), min(row.reverse_chars for row in measured.values()))
     controls = control_rows(judge, length, num, np.random.default_rng(options.seed), options.texts)
     everything = {**measured, **controls}
     base, reference = measured[f"base, {options.base_steps[-1]} Euler steps"], controls[HELDOUT]

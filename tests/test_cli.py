@@ -208,6 +208,16 @@ def test_sample(capsys: pytest.CaptureFixture[str], map_run: Path) -> None:
     assert out[1].startswith("t = 1.000")
 
 
+def test_sample_looks_at_endpoints_only_where_they_are_shown(monkeypatch: pytest.MonkeyPatch, map_run: Path) -> None:
+    from catmaps.flow import samplers
+
+    seen, carry = [], samplers._carry
+    monkeypatch.setattr(samplers, "_carry", lambda *given: (seen.append(given[-2] is not None), carry(*given))[1])
+    assert call("sample", map_run, "--num", 2) == 0
+    assert call("sample", map_run, "--num", 2, "--show-trajectory") == 0
+    assert seen == [False, True]
+
+
 def test_score_of_a_file_is_that_of_its_windows(
     capsys: pytest.CaptureFixture[str], base_run: Path, tmp_path: Path
 ) -> None:

@@ -128,7 +128,7 @@ class Sample:
         from catmaps.infill import Template, fill, go_on
 
         def watch(t: float, endpoint: Any) -> None:
-            if self.show_trajectory and len(drafts) < config.steps:
+            if len(drafts) < config.steps:
                 drafts.append((t, run.tokenizer.decode(endpoint[0].argmax(-1).cpu().numpy())))
                 print(f"t = {t:.3f}  {drafts[-1][1]}")
 
@@ -139,7 +139,7 @@ class Sample:
         if self.infill is not None:
             batches = fill(run, Template.read(self.infill, run.tokenizer), self.num, config)
         else:
-            batches = generate(run, self.num, config, length=self.length, watch=watch)
+            batches = generate(run, self.num, config, length=self.length, watch=watch if self.show_trajectory else None)
         for batch in batches:
             for row in batch:
                 yield run.tokenizer.decode(row.numpy())

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from catmaps.evaluation.judge import LETTERS, Judge, JudgeConfig
-from catmaps.evaluation.quality import Quality, control_rows, draw_chunks, quality
+from catmaps.evaluation.quality import Quality, control_rows, draw_chunks, evenly, quality
 from catmaps.evaluation.report import CallsRow, ClockBin, CurvePoint, NelboPoint, ReportData, TrajectoryRow
 from catmaps.flow.flow_map import positionwise
 from catmaps.flow.interpolant import interpolate
@@ -112,10 +112,17 @@ def measure(
     run: Run, judge: Judge, calls: int, num: int, seed: int = 0, num_texts: int | None = None
 ) -> tuple[Quality, list[str]]:
     """Samples at a number of calls by the run's own sampler, and their quality."""
-    sampling = replace(default_sampling(run, calls), seed=seed)
-    samples = generate_texts(run, num, sampling)
-    texts = None if num_texts is None else long_texts(run, judge, sampling, num_texts)
+    samples, texts = draw(run, judge, calls, num, seed, num_texts)
     return quality(samples, judge, texts), samples
+
+
+def draw(
+    run: Run, judge: Judge, calls: int, num: int, seed: int = 0, num_texts: int | None = None
+) -> tuple[list[str], list[str] | None]:
+    """Samples at a number of calls by the run's own sampler, and long texts if these are asked for."""
+    sampling = replace(default_sampling(run, calls), seed=seed)
+    texts = None if num_texts is None else long_texts(run, judge, sampling, num_texts)
+    return generate_texts(run, num, sampling), texts
 
 
 def collect(
@@ -142,17 +149,15 @@ def collect(
         calls: Numbers of network calls.
     """
     judge, rng = build_judge(shards, run.tokenizer, cache), np.random.default_rng(0)
-    rows, samples = [], {}
+    length, drawn = judge_length(run, judge), {}
     own = run.kind if run.baseline is not None else "map" if run.is_map else "base, Euler"
     for one, name in ((run, own), (base, "base, Euler")):
         for n in dict.fromkeys(default_sampling(one, n).calls for n in calls) if one is not None else ():
             assert one is not None
-            figures, texts = measure(one, judge, n, num, num_texts=num_texts)
-            rows.append(CallsRow(name, n, figures))
-            if one is run:
-                samples[n] = texts[:3]
+            drawn[name, n] = draw(one, judge, n, num, num_texts=num_texts)
+    judge = evenly(judge, (samples for samples, _ in drawn.values()), num * length)
+    rows = [CallsRow(name, n, quality(samples, judge, texts)) for (name, n), (samples, texts) in drawn.items()]
     metrics, bound = read_metrics(run), heldout_score(run, shards, windows)
-    length = judge_length(run, judge)
     controls = control_rows(judge, length, num, rng, num_texts)
     data = ReportData(
         run_name=run.path.name,
@@ -169,7 +174,7 @@ def collect(
         rows=rows,
         controls=controls,
         reference=controls["held-out text"],
-        samples=samples,
+        samples={n: samples[:3] for (name, n), (samples, _) in drawn.items() if name == own},
         real_samples=draw_chunks(judge.drawn, length, 3, rng),
         trajectory=[] if run.baseline is not None else trajectory(run),
     )

@@ -12,8 +12,8 @@ Short samples joined would not do: a text of eight strangers repeats little, and
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 
 import numpy as np
@@ -195,6 +195,22 @@ def quality(samples: Sequence[str], judge: Judge, texts: Sequence[str] | None = 
     )
 
 
+def evenly(judge: Judge, sets: Iterable[Sequence[str]], at_most: int | None = None) -> Judge:
+    """The judge, with reverse models fitted to no more characters than the smallest of the sets of samples has.
+
+    Texts of as many tokens hold more or fewer characters; reverse bits fall with their number, so that rows measured
+    by this judge compare and rows of unequal sets do not.
+
+    Args:
+        judge: The judge.
+        sets: The samples of each row.
+        at_most: No more than these, if given: what a row that is not among the sets has.
+    """
+    sizes = [sum(map(len, judge.symbols(samples))) for samples in sets]
+    limits = (judge.config.reverse_chars, *sizes, *([] if at_most is None else [at_most]))
+    return replace(judge, config=replace(judge.config, reverse_chars=min(limits)))
+
+
 def heldout_quality(
     judge: Judge, length: int, num: int, rng: np.random.Generator, num_texts: int | None = None
 ) -> Quality:
@@ -243,7 +259,7 @@ def verdict(quality: Quality, base: Quality, reference: Quality, bars: Bars | No
 
     Raises:
         UserError: If the two reverse models were fitted to different numbers of characters (by more than 2%):
-            reverse bits would then compare the numbers.
+            reverse bits would then compare the numbers (`evenly` is for that).
     """
     bars = bars or Bars()
     if abs(quality.reverse_chars - base.reverse_chars) > 0.02 * base.reverse_chars:

@@ -26,17 +26,19 @@ Key = tuple[int, int]
 
 
 def philox(counter: Words, key: tuple[Tensor, Tensor], rounds: int = 10) -> Words:
-    """Four random 32-bit words for each counter of four such words, under a key of two; all in int64."""
+    """Four random 32-bit words for each counter of four such words, under a key of two; all in int64.
+
+    A word is cut to 32 bits where it is multiplied, and at the end; written in place, for the sake of CPUs.
+    """
     a, b, c, d = counter
     k, m = key
     for _ in range(rounds):
-        first, second = (
-            a * MULTIPLIERS[0],
-            c * MULTIPLIERS[1],
-        )  # 64 bits that wrap; masked, they are right
-        a, b, c, d = (second >> 32 & LOW) ^ b ^ k, second & LOW, (first >> 32 & LOW) ^ d ^ m, first & LOW
+        first, second = a * MULTIPLIERS[0], c * MULTIPLIERS[1]  # 64 bits that wrap; masked, they are right
+        a = (second >> 32).bitwise_xor_(b).bitwise_xor_(k).bitwise_and_(LOW)
+        c = (first >> 32).bitwise_xor_(d).bitwise_xor_(m).bitwise_and_(LOW)
+        b, d = second, first
         k, m = (k + WEYL[0]) & LOW, (m + WEYL[1]) & LOW
-    return a, b, c, d
+    return a, b & LOW, c, d & LOW
 
 
 def _box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,24 +38,23 @@ def weighted_sum(work: Work, learner: Endpoint | MovingEndpoint, weight: Float[T
         values, errors = work(learner, tiles[0])
         return TokenLoss(_total(values, weight), values.detach(), errors)
     leaf, hidden = learner.leaf()
-    total, parts = weight.new_zeros(()), []
+    total, values, errors = weight.new_zeros(()), None, None
     with learner.flow_map.denoiser.readout_weights() as read:
         weights = [w for w in (*hidden, *read) if w.leaf.requires_grad] if torch.is_grad_enabled() else []
         while tiles:  # a tile is dropped once it is done, with all that it remembers
             tile = tiles.pop(0)
-            values, errors = work(tile(leaf), tile)
-            share = _total(values, tile(weight))
+            own, error = work(tile(leaf), tile)
+            share = _total(own, tile(weight))
             tile.memory.clear()  # what the backward pass needs it keeps itself
             if weights:
                 add_gradients(weights, share)
             total = total + share.detach()
-            parts.append((values.detach(), errors))
-    values = torch.cat([values for values, _ in parts], 1).view(weight.shape)
-    known = [errors for _, errors in parts if errors is not None]
-    errors = torch.cat(known, 1).view(weight.shape) if known else None
+            values = tile.put(own.detach(), values)
+            errors = None if error is None else tile.put(error, errors)
+    assert values is not None
     whole = _Replay.apply(total, [w.take() for w in weights], *(w.parameter for w in weights)) if weights else total
     assert isinstance(whole, Tensor)
-    return TokenLoss(whole, values, errors)
+    return TokenLoss(whole, values.view(weight.shape), None if errors is None else errors.view(weight.shape))
 
 
 def _total(values: Tensor, weight: Tensor) -> Tensor:

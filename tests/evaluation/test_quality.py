@@ -18,6 +18,7 @@ from catmaps.evaluation.quality import (
     Quality,
     control_rows,
     draw_chunks,
+    evenly,
     heldout_quality,
     join_texts,
     quality,
@@ -155,6 +156,20 @@ def test_reverse_model_is_fitted_to_at_most_so_many_characters(judge: Judge) -> 
     cut = [*samples[:16], samples[16][:200]]
     assert row.reverse_bits == quality(cut, judge).reverse_bits
     assert quality(samples, judge).reverse_chars == 12_000
+
+
+def test_rows_of_unequal_amounts_compare_once_they_are_measured_evenly(judge: Judge) -> None:
+    many = draw_chunks(judge.drawn, 300, 40, np.random.default_rng(4))
+    few = draw_chunks(judge.drawn, 280, 40, np.random.default_rng(5))
+    reference = quality(many, judge)
+    with pytest.raises(UserError, match="do not compare"):
+        verdict(quality(few, judge), reference, reference)
+    even = evenly(judge, (many, few))
+    verdict(quality(few, even), quality(many, even), reference)
+    assert quality(few, even).reverse_bits == quality(few, judge).reverse_bits
+    assert quality(many, even).reverse_chars == 11_200
+    assert evenly(judge, (many, few), 9000).config.reverse_chars == 9000
+    assert evenly(judge, ()).config == judge.config
 
 
 def test_scored_and_drawn_text_are_apart(judge: Judge) -> None:
