@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from catmaps.studies.plots import spoken
 from catmaps.studies.ranking import Row
 from catmaps.studies.results import Line
+from catmaps.studies.sweeps import spoken
 
 FLOPS_PER_PARAMETER = 6  # forward and backward, a token; attention's own products and the vocabulary's are left out
 LEAST_SIZES = 3

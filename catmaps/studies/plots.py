@@ -3,27 +3,17 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from catmaps.evaluation.plots import COLOURS, INK, STYLE
 from catmaps.studies.measures import Curve
 from catmaps.studies.ranking import Row
-from catmaps.studies.study import Arm, Overrides
+from catmaps.studies.sweeps import best_place, logarithmic, series_of
 
 DPI = 110
 LINES = ("-", "--", ":", "-.")
-DECADES = 3.0  # largest / smallest from which an axis is logarithmic
-
-
-class Point(NamedTuple):
-    """A figure at a value of a numeric field."""
-
-    x: float
-    y: float
-    error: float
-    """NaN: not known."""
 
 
 def _look(i: int) -> dict[str, Any]:
@@ -82,33 +72,6 @@ def plot_bars(rows: Sequence[Row], name: str, file: Path) -> None:
     _save(figure, name, file)
 
 
-def numeric_field(arms: Sequence[Arm]) -> str | None:
-    """The numeric field of most values among those in which arms differ, over which a line can be drawn; or None."""
-    names = dict.fromkeys(name for arm in arms for name in arm.overrides)
-    best, most = None, 1
-    for name in names:
-        values = [arm.overrides.get(name) for arm in arms]
-        numbers = {value for value in values if isinstance(value, int | float) and not isinstance(value, bool)}
-        whole = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-        if whole and len(numbers) > most:
-            best, most = name, len(numbers)
-    return best
-
-
-def series_of(rows: Sequence[Row], field: str) -> dict[str, list[Point]]:
-    """Points over a field, a series for every choice of the other fields."""
-    series: dict[str, list[Point]] = {}
-    for row in rows:
-        others = {name: value for name, value in row.arm.overrides.items() if name != field}
-        series.setdefault(spoken(others), []).append(Point(row.arm.overrides[field], row.mean, row.error))
-    return {name: sorted(points) for name, points in series.items()}
-
-
-def spoken(fields: Overrides) -> str:
-    """Fields and values in a few words."""
-    return ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in fields.items())
-
-
 def plot_field(rows: Sequence[Row], field: str, name: str, file: Path) -> None:
     """A figure over a field with standard errors, a line for every choice of the other fields, its best point marked;
     log-log where the field's values are positive and span a factor of three."""
@@ -119,11 +82,11 @@ def plot_field(rows: Sequence[Row], field: str, name: str, file: Path) -> None:
         bars = {"yerr": np.nan_to_num(error), "capsize": 3, "marker": "o", "markersize": 4}
         axes.errorbar(x, y, **bars, **_look(i), label=label or None)
         if better != "neither":
-            best = int(np.argmin(y) if better == "lower" else np.argmax(y))
+            best = best_place(points, better)
             axes.plot(x[best], y[best], marker="o", markersize=9, fillstyle="none", color=COLOURS[i % len(COLOURS)])
     values = sorted({point.x for points in series.values() for point in points})
     heights = [point.y for points in series.values() for point in points]
-    if values[0] > 0 and values[-1] / values[0] >= DECADES:
+    if logarithmic(values):
         axes.set_xscale("log")
         if min(heights) > 0:
             axes.set_yscale("log")

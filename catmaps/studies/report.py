@@ -13,16 +13,20 @@ from rich.table import Table
 from catmaps.errors import UserError
 from catmaps.studies.fits import Fit, fits, table
 from catmaps.studies.measures import Curve
-from catmaps.studies.plots import numeric_field, plot_bars, plot_curves, plot_field, plot_laws
+from catmaps.studies.plots import plot_bars, plot_curves, plot_field, plot_laws
 from catmaps.studies.ranking import LEVEL, Row, as_record, rank
 from catmaps.studies.results import RESULTS, Line, curves, figures, read_results
 from catmaps.studies.study import PER_PARAMETER, Study
+from catmaps.studies.sweeps import best_values, numeric_field
 
 REPORT = "report.md"
 HEADINGS = ("", "arm", "mean", "spread", "seeds", "to baseline", "p", "verdict")
 LAW = (
     "Fitted: figure = scale C^-exponent over all trainings of arms that differ in their network alone, "
     "C = 6 x parameters x tokens. Intervals are of 95%, from the scatter about the line."
+)
+BETWEEN = (
+    "Between: of the parabola through the best and its two neighbours, in the field's logarithm if that is its axis."
 )
 Lines = dict[tuple[str, int], Line]
 
@@ -135,6 +139,9 @@ def _page(study: Study, lines: Lines, rankings: dict[str, list[Row]], plots: dic
     parts.append(f"## Ranked by {first} ({_way(rankings[first])})")
     parts.append(_markdown(HEADINGS, [_cells(place, row) for place, row in enumerate(rankings[first], 1)]))
     parts.append(_meaning(study))
+    field = numeric_field(study.arms)
+    if PER_PARAMETER not in study.budget and field is not None and (best := best_values(rankings[first], field)):
+        parts += [f"## Best {field}", _markdown(("arms", "best tried", "best between"), best), BETWEEN]
     others = {name: rows for name, rows in rankings.items() if name != first}
     for measure in dict.fromkeys(name for line in lines.values() for name in line["measures"]):
         names = dict.fromkeys(name for line in lines.values() for name in _figures_of(line, measure) if name in others)

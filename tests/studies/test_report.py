@@ -16,11 +16,11 @@ from tiny_studies import described, written
 from catmaps.cli import main
 from catmaps.errors import UserError
 from catmaps.model import CHECKPOINTS, EVENTS, METRICS
-from catmaps.studies.plots import numeric_field, series_of
 from catmaps.studies.ranking import rank
 from catmaps.studies.report import write_report
 from catmaps.studies.results import RESULTS, begin_line, read_results, update_results
 from catmaps.studies.study import Job, Study
+from catmaps.studies.sweeps import numeric_field, series_of
 
 pytest.importorskip("matplotlib")
 RATES, WIDTHS = (0.001, 0.003, 0.01), (16, 32)
