@@ -30,7 +30,7 @@ install: $(VENV)/.train
 
 install-dev: $(VENV)/.dev
 
-# A base flow on 22 MB of English, its flow map, and a page about both: about 15 minutes on 2 cores.
+# A base flow on 22 MB of English, its flow map, and a page about both: about 17 minutes on 2 cores.
 quickstart: install
 	$(TRAIN) train quickstart --out $(RUNS)/quickstart-base
 	$(TRAIN) distill --from $(RUNS)/quickstart-base --preset quickstart --out $(RUNS)/quickstart-map

@@ -33,9 +33,9 @@ def small() -> Config:
 
 
 def quickstart() -> Config:
-    """`small`, shorter: about 6 minutes on 2 cores."""
+    """`small`, shorter: about ten minutes on 2 cores."""
     base = small()
-    training = replace(base.training, steps=1500, batch=32, save_every=500)
+    training = replace(base.training, steps=1000, batch=32, save_every=500)
     return replace(base, optimiser=replace(base.optimiser, ema=0.99), training=training)
 
 
@@ -90,8 +90,8 @@ def distill(base: Config) -> Config:
 
 
 def distill_quickstart(base: Config) -> Config:
-    """`distill`, shorter: about 3 minutes on 2 cores."""
-    return _distilled(base, steps=400)
+    """`distill`, shorter: about five minutes on 2 cores."""
+    return _distilled(base, steps=250)
 
 
 PRESETS: dict[str, Callable[[], Config]] = {

@@ -18,9 +18,22 @@ import numpy as np
 from common import in_parallel, record
 from rich.console import Console
 
+from catmaps.evaluation.causal_judge import load_causal_judge
 from catmaps.evaluation.collect import build_judge, judge_length, long_texts
+from catmaps.evaluation.fetch_judge import resolve
 from catmaps.evaluation.judge import Judge
-from catmaps.evaluation.quality import HELDOUT, Bars, Quality, control_rows, evenly, quality, quality_table, verdict
+from catmaps.evaluation.judged import JudgeFigures, judge_texts
+from catmaps.evaluation.quality import (
+    HELDOUT,
+    Bars,
+    Quality,
+    control_rows,
+    draw_chunks,
+    evenly,
+    quality,
+    quality_table,
+    verdict,
+)
 from catmaps.generation import SamplingConfig, generate_texts
 from catmaps.model import Run, compile_blocks, load_run
 from catmaps.training.train import cache_folder, find_shards
@@ -91,9 +104,19 @@ def drawn_rows(jobs: dict[str, Job], workers: int) -> dict[str, tuple[list[str],
 
 def rows(jobs: dict[str, Job], judge: Judge, workers: int) -> dict[str, Quality]:
     """Quality by name."""
-    drawn = drawn_rows(jobs, workers)
+    return qualities(drawn_rows(jobs, workers), judge)
+
+
+def qualities(drawn: dict[str, tuple[list[str], list[str]]], judge: Judge) -> dict[str, Quality]:
+    """Quality by name, reverse bits from equally many characters."""
     judge = evenly(judge, (samples for samples, _ in drawn.values()))
     return {name: quality(samples, judge, texts) for name, (samples, texts) in drawn.items()}
+
+
+def causal_bits(sets: dict[str, list[str]], name: str) -> dict[str, JudgeFigures]:
+    """Figures of samples under a causal judge, by name."""
+    causal = load_causal_judge(resolve(name, cache_folder()), precision="bfloat16", alias=name)
+    return {row: judge_texts(samples, causal) for row, samples in sets.items()}
 
 
 def main() -> None:
@@ -107,6 +130,7 @@ def main() -> None:
     parser.add_argument("--base-steps", type=int, nargs="+", default=[4, 64], help="the last is the map's measure")
     parser.add_argument("--draws", type=Path, help="folder where texts are kept: those found there are not drawn again")
     parser.add_argument("--only-draw", action="store_true", help="measure nothing; for --draws on another machine")
+    parser.add_argument("--judge", help="also bits under a causal judge, as in `catmaps judge`")
     parser.add_argument("--name", default="few_steps", help="of the record")
     options = parser.parse_args()
     run = load_run(options.map)
@@ -123,18 +147,19 @@ def main() -> None:
         name: Job(run, n, sampler, num, options.texts, options.seed, temperature, options.draws)
         for name, run, n, sampler, temperature in draws
     }
+    drawn = drawn_rows(jobs, options.workers)
     if options.only_draw:
-        drawn_rows(jobs, options.workers)
         return
-    measured = rows(jobs, judge, options.workers)
+    measured, rng = qualities(drawn, judge), np.random.default_rng(options.seed)
     judge = evenly(judge, (), min(row.reverse_chars for row in measured.values()))
-    controls = control_rows(judge, length, num, np.random.default_rng(options.seed), options.texts)
+    controls = control_rows(judge, length, num, rng, options.texts)
     everything = {**measured, **controls}
     base, reference = measured[f"base, {options.base_steps[-1]} Euler steps"], controls[HELDOUT]
     Console(width=150).print(quality_table(everything, reference))
     verdicts = {}
     for name, row in everything.items():
-        bars = Bars(forward=1.2, reverse=1.2) if name.startswith("map, 1 calls") else Bars()
+        most = 1.15 if name.startswith("map, 1 calls") else 1.0
+        bars = Bars(forward=most, reverse=most, diversity=0.01)
         verdicts[name] = verdict(row, base, reference, bars)
         print(f"{name:32} {'passes' if verdicts[name].passed else 'fails'}  {verdicts[name]}")
     figures = {
@@ -142,6 +167,12 @@ def main() -> None:
         "verdicts": {name: asdict(v) | {"passed": v.passed} for name, v in verdicts.items()},
         "seed": options.seed,
     }
+    if options.judge is not None:
+        sets = {name: samples for name, (samples, _) in drawn.items()}
+        found = causal_bits(sets | {HELDOUT: draw_chunks(judge.drawn, length, num, rng)}, options.judge)
+        for name, row in found.items():
+            print(f"{name:32} {row}")
+        figures["judged"] = {name: row.as_dict() for name, row in found.items()}
     print(record(options.name, figures))
 
 

@@ -73,7 +73,7 @@ class ReportStudy:
         study = read_study(self.study)
         report = write_report(study)
         # The console is made here: stdout may be redirected while the command runs.
-        Console().print(*report.tables)
+        Console(width=120).print(*report.tables)
         print(f"report: {report.file}")
         return {"study": study.name, "report": str(report.file), "plots": report.plots, "ranking": report.ranking}
 
