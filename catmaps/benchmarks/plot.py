@@ -38,6 +38,7 @@ def plot(rows: dict[str, dict[str, Any]], axis: str, title: str, file: Path) -> 
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     from catmaps.evaluation.plots import COLOURS, STYLE
 
@@ -54,7 +55,11 @@ def plot(rows: dict[str, dict[str, Any]], axis: str, title: str, file: Path) -> 
                 axes.plot(x, y, marker="o", markersize=4, color=colour, label=name)
             axes.set(xscale="log", yscale="log", xlabel=NAMES[axis], ylabel=label)
             axes.set_xticks(sorted({row[axis] for group in series(rows, axis).values() for row in group}))
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+            axes.xaxis.set_major_formatter(
+                lambda value, _: f"{value / 1000:.0f}k" if value >= 10_000 else f"{value:,.0f}"
+            )
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
             axes.minorticks_off()
         panels[0].legend()
         figure.suptitle(title, fontsize=10)

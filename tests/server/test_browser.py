@@ -84,6 +84,7 @@ def written(page: "Page") -> list[str]:
 def fill(page: "Page", field: str, text: str) -> None:
     tab_to(page, field)
     page.keyboard.press("Control+A")
+    page.keyboard.press("Delete")  # a page of a larger run begins with an example
     page.keyboard.type(text)
 
 
