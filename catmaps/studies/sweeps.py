@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from catmaps.studies.ranking import Row
 from catmaps.studies.study import Arm, Overrides
@@ -51,13 +51,13 @@ def logarithmic(values: Sequence[float]) -> bool:
     return min(values) > 0 and max(values) / min(values) >= SPAN
 
 
-def best_place(points: Sequence[Point], better: Literal["lower", "higher"]) -> int:
-    """Index of the best point."""
+def best_place(points: Sequence[Point], better: str) -> int:
+    """Index of the best point; `better` is lower or higher."""
     sign = 1 if better == "lower" else -1
     return min(range(len(points)), key=lambda i: sign * points[i].y)
 
 
-def between(points: Sequence[Point], better: Literal["lower", "higher"]) -> float | None:
+def between(points: Sequence[Point], better: str) -> float | None:
     """Where the parabola through the best point and its two neighbours is best, in the field's logarithm if its values
     span a factor of three; None if the best point is the first or the last, so that the best may lie beyond."""
     place = best_place(points, better)
