@@ -37,7 +37,7 @@ def series_of(rows: Sequence[Row], field: str) -> dict[str, list[Point]]:
     series: dict[str, list[Point]] = {}
     for row in rows:
         others = {name: value for name, value in row.arm.overrides.items() if name != field}
-        series.setdefault(spoken(others), []).append(Point(row.arm.overrides[field], row.mean, row.error))
+        series.setdefault(spoken(others), []).append(Point(float(row.arm.overrides[field]), row.mean, row.error))
     return {name: sorted(points) for name, points in series.items()}
 
 
