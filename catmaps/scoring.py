@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from catmaps.errors import UserError
 from catmaps.flow.finite_step import finite_step_bound, optimise_grid
@@ -121,9 +122,14 @@ def windows_of(ids: Integer[np.ndarray, "n"], length: int, context: int = 0) -> 
 def seen_directions(network: Flow) -> Float[Tensor, "v d"] | None:
     """An orthonormal basis of what a network sees of x, if that is less than everything (`projected_error`).
 
-    This is so for `linear` input without skip at V > d. With a skip the logits see all of x.
+    This is so for `linear` input without skip at V > d. With a skip the logits see all of x. Processes that share the
+    network all call it.
     """
-    return torch.linalg.qr(network.embedding.table.weight.detach().double().mT).Q if network.projects else None
+    if not network.projects:
+        return None
+    table = network.embedding.table.weight.detach()
+    table = table.full_tensor() if isinstance(table, DTensor) else table
+    return torch.linalg.qr(table.double().mT).Q
 
 
 def best_times(run: Run, tokens: Int[Tensor, "b l"], steps: int, seed: int = 0) -> tuple[float, ...]:
@@ -140,9 +146,9 @@ def likelihood_law(run: Run) -> Law:
     return mixture([(0.8, run.law), (0.2, run.clock)])
 
 
-def integrand_of(run: Run) -> Integrand:
-    """What (14) integrates for this run: the squared error, of what its network sees of x."""
-    basis = seen_directions(run.flow_network)
+def integrand_of(network: Flow) -> Integrand:
+    """What (14) integrates for this network: the squared error, of what it sees of x."""
+    basis = seen_directions(network)
     return squared_error if basis is None else projected_error(basis)
 
 
@@ -169,7 +175,7 @@ def bound_given(
         num_samples=num_samples,
         known=None if known is None else known.to(run.device),
         generator=run.generator(seed),
-        integrand=integrand_of(run) if integrand is None else integrand,
+        integrand=integrand_of(run.flow_network) if integrand is None else integrand,
     )
 
 
@@ -183,7 +189,7 @@ def _estimator(run: Run, config: ScoringConfig, windows: Sequence[Window]) -> Es
         return lambda tokens, known: finite_step_bound(
             flow_map, tokens, times, num_samples=samples, known=known, generator=generator
         )
-    integrand = capped_cross_entropy if config.bound == "cross-entropy" else integrand_of(run)
+    integrand = capped_cross_entropy if config.bound == "cross-entropy" else integrand_of(run.flow_network)
     law = likelihood_law(run)
     if config.pilot:
         some = next(_batches(windows, PILOT_WINDOWS))

@@ -73,6 +73,10 @@ class OracleRun(Run):
     def flow_map(self) -> FlowMap:
         return FlowMap(self.network)  # pyright: ignore[reportArgumentType]
 
+    @property
+    def flow_network(self) -> Any:
+        return self.network
+
 
 @dataclass
 class Ask:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny_runs import LENGTH, make_shards, tiny, trained, words
 
+from catmaps.config import Config
 from catmaps.errors import UserError
-from catmaps.flow.likelihood import nelbo
+from catmaps.flow.likelihood import nelbo, squared_error
 from catmaps.model import Run, load_run
 from catmaps.scores import Score, TextScore, pool, ratio_stderr
 from catmaps.scoring import (
@@ -20,6 +21,7 @@ from catmaps.scoring import (
     best_times,
     bound_windows,
     cut,
+    integrand_of,
     likelihood_law,
     score,
     score_texts,
@@ -267,6 +269,23 @@ def test_a_linear_network_is_scored_by_what_it_sees() -> None:
     torch.testing.assert_close(basis.mT @ basis, torch.eye(4, dtype=torch.float64))
     table = network.embedding.table.weight.detach().double()
     torch.testing.assert_close(table @ basis @ basis.mT, table)
+
+
+def test_training_validates_a_linear_network_by_what_it_sees() -> None:
+    from small_network import fresh
+
+    from catmaps.flow.flow_map import FlowMap
+    from catmaps.flow.times import uniform
+    from catmaps.training.objectives import objective_of
+
+    network, tokens = fresh(width=4, input="linear", skip=False), torch.arange(30).view(6, 5) % 7
+    seeded = {"num_samples": 8, "generator": torch.Generator().manual_seed(1)}
+    found = objective_of(Config(), network, None).bound(network, tokens, uniform(), seeded["generator"]).nats
+    for integrand, equal in ((integrand_of(network), True), (squared_error, False)):
+        seeded["generator"].manual_seed(1)
+        nats = nelbo(FlowMap(network), tokens, uniform(), **seeded, integrand=integrand).nats
+        assert torch.equal(found, nats) is equal
+        assert bool((found <= nats).all())
 
 
 def test_spread_is_that_about_the_common_rate() -> None:

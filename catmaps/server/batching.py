@@ -86,7 +86,7 @@ class Batcher:
 
     def __init__(self, run: Run, *, workers: int, rows: int, observe: Observe) -> None:
         self._run, self._rows, self._observe = run, rows, observe
-        self._integrand = integrand_of(run)
+        self._integrand = integrand_of(run.flow_network)
         self._queue: deque[Job] = deque()
         self._changed = threading.Condition()
         self._waiting = 0

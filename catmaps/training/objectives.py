@@ -16,6 +16,7 @@ from catmaps.flow.times import Law, stratified
 from catmaps.model import starting_law
 from catmaps.network.denoiser import FlowNetwork
 from catmaps.network.tokens import Network, TokenNetwork
+from catmaps.scoring import integrand_of
 
 Key = tuple[int, int]
 
@@ -87,7 +88,8 @@ class FlowObjective:
 
     def bound(self, network: Network, tokens: Int[Tensor, "b l"], law: Law, generator: torch.Generator) -> Bound:
         assert isinstance(network, FlowNetwork)
-        return nelbo(FlowMap(network), tokens, law, num_samples=8, generator=generator)
+        given = {"num_samples": 8, "generator": generator, "integrand": integrand_of(network)}
+        return nelbo(FlowMap(network), tokens, law, **given)
 
 
 class BaselineBatch:
