@@ -280,7 +280,7 @@ def test_training_validates_a_linear_network_by_what_it_sees() -> None:
 
     network, tokens = fresh(width=4, input="linear", skip=False), torch.arange(30).view(6, 5) % 7
     seeded = {"num_samples": 8, "generator": torch.Generator().manual_seed(1)}
-    found = objective_of(Config(), network, None).bound(network, tokens, uniform(), seeded["generator"]).nats
+    found = objective_of(Config(), network, None).bound(network, uniform(), seeded["generator"])(tokens).nats
     for integrand, equal in ((integrand_of(network), True), (squared_error, False)):
         seeded["generator"].manual_seed(1)
         nats = nelbo(FlowMap(network), tokens, uniform(), **seeded, integrand=integrand).nats

@@ -103,7 +103,7 @@ def make_setting(command: Frontier, run: Any, base: Any) -> Any:
     """Judges and sizes that all rows share; UserError where the two runs do not compare."""
     from catmaps.errors import UserError
     from catmaps.evaluation.causal_judge import load_causal_judge
-    from catmaps.evaluation.collect import build_judge, judge_length
+    from catmaps.evaluation.collect import apart, build_judge, judge_length
     from catmaps.evaluation.fetch_judge import resolve
     from catmaps.evaluation.frontier import Setting
     from catmaps.evaluation.frontier_rows import digest
@@ -124,7 +124,7 @@ def make_setting(command: Frontier, run: Any, base: Any) -> Any:
         causal = load_causal_judge(name, precision=command.judge_precision, device=best_device(), alias=command.judge)
     judge = build_judge(shards, run.tokenizer, cache_folder())
     return Setting(
-        judge=judge,
+        judge=apart(run, judge, command.num),
         causal=causal,
         length=judge_length(run, judge),
         num=command.num,

@@ -17,7 +17,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from catmaps.errors import UserError
-from catmaps.evaluation.collect import build_judge, heldout_score, read_metrics
+from catmaps.evaluation.collect import apart, build_judge, heldout_score, read_metrics
 from catmaps.evaluation.collect import measure as sample_quality
 from catmaps.generation import default_sampling
 from catmaps.model import BINS, Run
@@ -102,7 +102,7 @@ def few_step(run: Run, *, seed: int, calls: tuple[int, ...] = (1, 2, 4, 8), samp
 
     cache_folder().mkdir(parents=True, exist_ok=True)
     with FileLock(cache_folder() / ".judge.lock"):  # made once, not by every process
-        judge = build_judge(find_shards(run.config), run.tokenizer, cache_folder())
+        judge = apart(run, build_judge(find_shards(run.config), run.tokenizer, cache_folder()), samples)
     figures: dict[str, Figure] = {}
     forward, reverse = (Curve("network calls", f"{way} bits per character", []) for way in ("forward", "reverse"))
     for n in dict.fromkeys(default_sampling(run, n).calls for n in calls):

@@ -263,12 +263,7 @@ class StragglerCallback(Callback):
 def validation_bound(module: FlowTrainModule, tokens: Int[Tensor, "n l"]) -> tuple[float, float]:
     """Mean and standard error over texts of the family's bound, nats per token, with fixed random numbers."""
     device = module.network.log_prior.device
-    generator = torch.Generator(device).manual_seed(0)
-    nats = torch.cat(
-        [
-            module.objective.bound(module.average, part.to(device), module.law, generator).nats
-            for part in tokens.split(module.config.training.micro_batch)
-        ]
-    )
+    bound = module.objective.bound(module.average, module.law, torch.Generator(device).manual_seed(0))
+    nats = torch.cat([bound(part.to(device)).nats for part in tokens.split(module.config.training.micro_batch)])
     per_token = nats / tokens.shape[1]
     return per_token.mean().item(), (per_token.std() / math.sqrt(len(per_token))).item()

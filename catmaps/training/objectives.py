@@ -1,5 +1,6 @@
 """What a batch's loss is, for the flow and for baselines: a function of (seed, step) and global sample indices."""
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -46,8 +47,8 @@ class Objective(Protocol):
         """Plans a batch of `rows` texts over all processes; `key` is (seed, step), `weigh` weighs diagonal times."""
         ...
 
-    def bound(self, network: Network, tokens: Int[Tensor, "b l"], law: Law, generator: torch.Generator) -> Bound:
-        """The bound of 8 draws, for validation."""
+    def bound(self, network: Network, law: Law, generator: torch.Generator) -> Callable[[Int[Tensor, "b l"]], Bound]:
+        """The bound of 8 draws, for validation: a function of texts, of one network as it is now."""
         ...
 
 
@@ -86,10 +87,10 @@ class FlowObjective:
         weigh = weigh if self.teacher is None else None
         return FlowBatch(self, plan(self.config.objective, law, rows, length, generator, self.sampling, weigh), key)
 
-    def bound(self, network: Network, tokens: Int[Tensor, "b l"], law: Law, generator: torch.Generator) -> Bound:
+    def bound(self, network: Network, law: Law, generator: torch.Generator) -> Callable[[Int[Tensor, "b l"]], Bound]:
         assert isinstance(network, FlowNetwork)
-        given = {"num_samples": 8, "generator": generator, "integrand": integrand_of(network)}
-        return nelbo(FlowMap(network), tokens, law, **given)
+        flow_map, integrand = FlowMap(network), integrand_of(network)
+        return lambda tokens: nelbo(flow_map, tokens, law, num_samples=8, generator=generator, integrand=integrand)
 
 
 class BaselineBatch:
@@ -120,9 +121,9 @@ class BaselineObjective:
         generator = torch.Generator().manual_seed(key[0] * 1_000_003 + key[1])
         return BaselineBatch(self, stratified(rows, generator, torch.float64), key)
 
-    def bound(self, network: Network, tokens: Int[Tensor, "b l"], law: Law, generator: torch.Generator) -> Bound:
+    def bound(self, network: Network, law: Law, generator: torch.Generator) -> Callable[[Int[Tensor, "b l"]], Bound]:
         del law
-        return self.family.bound(network, tokens, num_samples=8, generator=generator)
+        return lambda tokens: self.family.bound(network, tokens, num_samples=8, generator=generator)
 
 
 def objective_of(config: Config, network: Network, teacher: Network | None) -> Objective:

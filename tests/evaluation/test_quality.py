@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from jaxtyping import Integer
+from oracle_runs import OracleRun, stationary_chain
 from rich.console import Console
 
 from catmaps.errors import UserError
+from catmaps.evaluation.collect import apart
 from catmaps.evaluation.judge import BLOCK, LETTERS, Judge, JudgeConfig, encode_symbols
 from catmaps.evaluation.ngram import NGramModel
 from catmaps.evaluation.quality import (
@@ -27,6 +29,7 @@ from catmaps.evaluation.quality import (
     verdict,
 )
 from catmaps.text import metrics
+from catmaps.text.alphabets import ByteTokenizer, Text8Tokenizer
 
 SYLLABLES = ("ka", "to", "ri", "mo", "na", "shi", "lu", "ve")
 
@@ -170,6 +173,13 @@ def test_rows_of_unequal_amounts_compare_once_they_are_measured_evenly(judge: Ju
     assert quality(many, even).reverse_chars == 11_200
     assert evenly(judge, (many, few), 9000).config.reverse_chars == 9000
     assert evenly(judge, ()).config == judge.config
+
+
+def test_rows_measured_one_by_one_are_of_so_many_characters_as_each_of_them_has(judge: Judge) -> None:
+    pieces = OracleRun(stationary_chain(), 256, ByteTokenizer())
+    assert apart(pieces, judge, 40).config.reverse_chars == 0.75 * 40 * 256
+    letters = OracleRun(stationary_chain(), 256, Text8Tokenizer())
+    assert apart(letters, judge, 40) is judge
 
 
 def test_scored_and_drawn_text_are_apart(judge: Judge) -> None:
