@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--draws", type=Path, help="folder where texts are kept: those found there are not drawn again")
     parser.add_argument("--only-draw", action="store_true", help="measure nothing; for --draws on another machine")
     parser.add_argument("--judge", help="also bits under a causal judge, as in `catmaps judge`")
+    parser.add_argument("--judge-texts", type=int, help="samples per row for it; without it all")
     parser.add_argument("--name", default="few_steps", help="of the record")
     options = parser.parse_args()
     run = load_run(options.map)
@@ -169,7 +170,8 @@ def main() -> None:
     }
     if options.judge is not None:
         sets = {name: samples for name, (samples, _) in drawn.items()}
-        found = causal_bits(sets | {HELDOUT: draw_chunks(judge.drawn, length, num, rng)}, options.judge)
+        sets[HELDOUT] = draw_chunks(judge.drawn, length, num, rng)
+        found = causal_bits({name: some[: options.judge_texts] for name, some in sets.items()}, options.judge)
         for name, row in found.items():
             print(f"{name:32} {row}")
         figures["judged"] = {name: row.as_dict() for name, row in found.items()}
