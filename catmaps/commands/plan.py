@@ -11,6 +11,7 @@ import tyro
 from catmaps.cli import parse
 from catmaps.config import Config
 from catmaps.errors import UserError
+from catmaps.models import located
 from catmaps.presets import DISTILLATIONS, PRESETS
 
 if TYPE_CHECKING:
@@ -105,35 +106,37 @@ def read(name: str, args: list[str]) -> PlanCommand:
     source, rest = args[0], args[1:]
     distill = "--distill" in rest
     rest = [arg for arg in rest if arg != "--distill"]
-    config, what = _source(source)
+    config, what, folder = _source(source)
     if distill and config.base is None:
         if config.family != "flow":
             raise UserError(f"{what} is of family {config.family}: only a flow can be distilled into a map")
-        config, what = replace(DISTILLATIONS["distill"](config), base=source), f"{what}, distilled"
+        config, what = replace(DISTILLATIONS["distill"](config), base=source, start=None), f"{what}, distilled"
     options: Options = parse(Options, rest, f"{prog} {source}", Options(config=config))
-    return PlanCommand(what, options, _vocabulary(Path(source), config, options), options.json)
+    return PlanCommand(what, options, _vocabulary(folder, config, options), options.json)
 
 
-def _source(source: str) -> tuple[Config, str]:
+def _source(source: str) -> tuple[Config, str, Path | None]:
+    """Its configuration, its name for the reader, and its folder if it is a run."""
     if source in PRESETS and not (Path(source) / "config.json").is_file():
-        return replace(PRESETS[source](), preset=source), f"preset {source}"
-    if not Path(source).exists():
+        return replace(PRESETS[source](), preset=source), f"preset {source}", None
+    folder = located(Path(source))
+    if not folder.exists():
         raise UserError(f"no preset or run {source}; presets are {', '.join(PRESETS)}")
     from catmaps.model import read_config
 
-    return read_config(Path(source)), f"run {source}"
+    return read_config(folder), f"run {source}", folder
 
 
-def _vocabulary(source: Path, default: Config, options: Options) -> int:
+def _vocabulary(run: Path | None, default: Config, options: Options) -> int:
     data = options.config.data
     if options.vocabulary is not None:
         if options.vocabulary < 2:
             raise UserError(f"--vocabulary must be at least 2, not {options.vocabulary}")
         return options.vocabulary
-    if source.is_dir() and str(source) not in PRESETS:
+    if run is not None:
         from catmaps.text.tokenizers import load
 
-        return load(source).vocab_size
+        return load(run).vocab_size
     if data.shards is not None or data.mixture:
         from catmaps.training.sources import find_sources
 

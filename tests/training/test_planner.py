@@ -6,6 +6,7 @@ FLOPs are of matrix products alone: elementwise work is listed apart by the plan
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +23,8 @@ from catmaps.flow.flow_map import FlowMap
 from catmaps.flow.objective import ObjectiveConfig, batch_loss
 from catmaps.flow.objective import plan as draw
 from catmaps.flow.times import uniform
-from catmaps.model import build_network
+from catmaps.model import build_network, read_config
+from catmaps.models import located
 from catmaps.network.denoiser import FlowNetwork, NetworkConfig, uniform_log_prior
 from catmaps.presets import DISTILLATIONS, PRESETS
 from catmaps.training.flops import gram, muon_step, per_token, roles
@@ -326,6 +328,14 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["verdict"] in " ".join(said.err.split())
     assert main(["plan", "small", "--gpu", "cpu", "--data.tokenizer", "bytes"]) == 0
     assert "fits" in capsys.readouterr().out
+
+
+def test_the_distillation_of_a_model_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert read_config(located(Path("letters-base"))).start is not None  # trained on from another base
+    assert main(["plan", "letters-base", "--distill", "--gpu", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["vocabulary"] == 27
+    assert "anchor" in found["flops_per_token"]["roles"]
 
 
 @pytest.mark.parametrize(
