@@ -203,6 +203,11 @@ class Config:
             raise ValueError(f"family {self.family} has no flow map: leave out base and objective.off_diagonal")
         if self.base is not None and self.start is not None:
             raise ValueError("a distilled map begins with its base's weights: leave out start")
+        if self.objective.jumps == "average" and self.base is None and self.network.input == "linear":
+            raise ValueError(
+                "objective.jumps average without a base needs network.input belief: noise is drawn as the map's own "
+                "input table sees it, and the average's is another"
+            )
 
 
 T = TypeVar("T")
@@ -213,6 +218,7 @@ ADDED: dict[str, Any] = {
     "objective.final": 0.0,
     "objective.ladder": 0.0,
     "objective.weighting": "unit",
+    "objective.jumps": "map",
     "training.tile_megabytes": 31,
     "network.neighbours": 0,
     "published": None,

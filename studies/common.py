@@ -17,13 +17,14 @@ from catmaps.studies.results import machine
 RESULTS = Path(__file__).parent / "results"
 T = TypeVar("T")
 R = TypeVar("R")
+BEGAN_ON = machine()  # now, not when a record is written: code may have changed since, or another study left its own
 
 
 def record(name: str, figures: dict[str, Any]) -> Path:
     """Writes results/NAME.json with the command, the machine and the date."""
     RESULTS.mkdir(exist_ok=True)
     command = " ".join(["python", f"studies/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    head = {"command": command, "date": time.strftime("%Y-%m-%d"), "machine": machine()}
+    head = {"command": command, "date": time.strftime("%Y-%m-%d"), "machine": BEGAN_ON}
     file = RESULTS / f"{name}.json"
     file.write_text(json.dumps({**head, **figures}, indent=1) + "\n", encoding="utf-8")
     return file

@@ -45,10 +45,10 @@ def map_run(base_run: Path, shards: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def two_processes(base_run: Path, shards: Path) -> Path:
-    """Runs of two processes: of every kind, halves-muon and halves-psd (stopped at 10 and resumed), signalled."""
+    """Runs of two processes: of every kind, halves of three (stopped at 10 and resumed), signalled."""
     folder = base_run.with_name("two")
     jobs = [Job(began(tiny_kind(kind, shards, base_run), folder / kind)) for kind in KINDS]
-    for kind in ("muon", "psd"):
+    for kind in ("muon", "psd", "average"):
         halves = began(tiny_kind(kind, shards, base_run), folder / f"halves-{kind}")
         jobs += [Job(halves, stop_after=10), Job(halves)]
     run(train_on_record, 2, *jobs, Job(began(tiny(shards), folder / "signalled"), signal_at=5))

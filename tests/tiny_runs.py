@@ -25,7 +25,7 @@ from catmaps.training.train import start, train
 
 LENGTH = 16
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "red", "fish", "in", "blue", "water")
-KINDS = ("base", "muon", "psd", "lsd", "esd", "ecld")
+KINDS = ("base", "muon", "psd", "average", "lsd", "esd", "ecld")
 TIMES = ("seconds", "cpu_seconds")
 
 
@@ -70,9 +70,13 @@ def distilled(base: Path, config: Config, loss: Any = "psd") -> Config:
 
 
 def tiny_kind(kind: str, shards: Path, base: Path) -> Config:
-    """A "base" under AdamW, one under "muon" (which rounds to bf16 inside), or distilled with that loss."""
+    """A "base" under AdamW, one under "muon" (which rounds to bf16 inside), or distilled with that loss, or by PSD with
+    jumps of the "average"."""
     if kind == "muon":
         return tiny(shards, optimiser="muon")
+    if kind == "average":
+        config = distilled(base, tiny(shards))
+        return replace(config, objective=replace(config.objective, jumps="average"))
     return tiny(shards) if kind == "base" else distilled(base, tiny(shards), kind)
 
 

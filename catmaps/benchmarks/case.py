@@ -172,7 +172,7 @@ def _ours(case: Case) -> Callable[[], object]:
         if case.work == "soft":
             return soft_cross_entropy(flow_map, teacher, state, s, weight).total
         work = anchor if case.work == "anchor" else OFF_DIAGONAL[case.work]
-        return work(flow_map, teacher, state, pair, weight).total
+        return work(flow_map, flow_map if case.work == "psd" else teacher, state, pair, weight).total
 
     return _trained(loss, list(network.parameters()), network.forget_casts)
 

@@ -2,9 +2,9 @@
 processes add up to the mean) and returns the differentiable weighted sum and detached per-position values in nats.
 
 An off-diagonal loss is one function (flow_map, teacher, state, times, weight) -> TokenLoss; to add one, write it here
-and enter it in OFF_DIAGONAL. `teacher` supplies diagonal posteriors: the frozen base, or the map itself. It makes its
-network calls first; an inner function then gives the loss of a tile of positions, of which `tile` cuts what it needs,
-and `weighted_sum` adds up tiles.
+and enter it in OFF_DIAGONAL. `teacher` supplies targets: diagonal posteriors, of the frozen base or of the map itself,
+and to `psd` jumps, of the map itself or of its moving average. It makes its network calls first; an inner function then
+gives the loss of a tile of positions, of which `tile` cuts what it needs, and `weighted_sum` adds up tiles.
 
 Times satisfy s < u < t wherever weight > 0. They are not checked here: reading them would stall an accelerator.
 """
@@ -107,16 +107,15 @@ def psd(flow_map: FlowMap, teacher: FlowMap, state: AnyState, times: Pair, weigh
 
         mu_{s,t}(x) = a mu_{s,u}(x) + (1 - a) mu_{u,t}(X_{s,u}(x)),   a = (u-s)(1-t) / ((t-s)(1-u)),            (10)
 
-    a convex mixture, hence a valid soft target. Targets come from the map itself without gradient. Any semigroup
-    satisfies (10): `anchor` must tie the map to the flow.
+    a convex mixture, hence a valid soft target. Both jumps are the teacher's, without gradient: `flow_map`'s own, or
+    its moving average's. Any semigroup satisfies (10): `anchor` must tie the map to the flow.
 
     Source: DFM, arXiv:2604.09784, eqs. 23-27; docs/maths.md (c3).
     """
-    del teacher
     s, u, t = times
     with torch.no_grad():
-        first = flow_map.read(state, s, u)
-        second = flow_map.read(advance(state, first, step_fraction(s, u)), u, t)
+        first = teacher.read(state, s, u)
+        second = teacher.read(advance(state, first, step_fraction(s, u)), u, t)
     return _towards(flow_map, state, first, second, times, weight)
 
 

@@ -32,6 +32,9 @@ class ObjectiveConfig:
     """Off-diagonal loss."""
     off_diagonal: float = 0.0
     """Share of sequences with s < t, anchors included; 0 trains a base."""
+    jumps: Literal["map", "average"] = "map"
+    """Whose jumps psd composes, and whose diagonal is a target where there is no frozen base: those of the map as it
+    is, or of the moving average of its weights."""
     anchor: float = 0.25
     """Share of the off-diagonal sequences that tie small gaps to the frozen base."""
     anchor_gap: float = 1 / 64
@@ -168,6 +171,7 @@ def batch_loss(
     noise: Float[Tensor, "b l v"] | Noise,
     plan: Plan,
     normaliser: float,
+    average: FlowMap | None = None,
 ) -> BatchLoss:
     """The weighted loss of these rows: sum over noisy positions / `normaliser` (noisy positions of the global batch).
 
@@ -180,6 +184,7 @@ def batch_loss(
         noise: x_0, (B, L, V), held or not.
         plan: Draws of these rows; one that is clean throughout is called like the others and counts for nothing.
         normaliser: Positive.
+        average: Supplies what the map would teach itself; None: it does.
     """
     weight = plan.weight * (~plan.known).float() / normaliser
     s, u, t = (torch.where(plan.known, 1.0, time) if bool(plan.known.any()) else time for time in plan.times)
@@ -192,7 +197,7 @@ def batch_loss(
             continue
         state = interpolate(tokens[rows], noise[rows], s[rows])
         times, w = Pair(s[rows], u[rows], t[rows]), weight[rows]
-        loss = _role_loss(role, flow_map, teacher, config, state, times, tokens[rows], w)
+        loss = _role_loss(role, flow_map, teacher, average or flow_map, config, state, times, tokens[rows], w)
         noisy = w > 0
         total = total + loss.total
         sums[role] = torch.where(noisy, loss.values, 0.0).sum()
@@ -210,17 +215,18 @@ def _role_loss(
     role: int,
     flow_map: FlowMap,
     teacher: FlowMap | None,
+    own: FlowMap,
     config: ObjectiveConfig,
     state: AnyState,
     times: Pair,
     tokens: Tensor,
     weight: Tensor,
 ) -> TokenLoss:
-    guide = flow_map if teacher is None else teacher
+    guide = own if teacher is None else teacher
     if role == ANCHOR:
         return anchor(flow_map, guide, state, times, weight)
-    if role == OFF_DIAGONAL_ROW:
-        return OFF_DIAGONAL[config.loss](flow_map, guide, state, times, weight)
+    if role == OFF_DIAGONAL_ROW:  # a base makes no jumps
+        return OFF_DIAGONAL[config.loss](flow_map, own if config.loss == "psd" else guide, state, times, weight)
     if teacher is None:
         return endpoint_cross_entropy(flow_map, state, times.t, tokens, weight)
     return soft_cross_entropy(flow_map, teacher, state, times.t, weight)

@@ -26,7 +26,7 @@ from catmaps.network.tokens import Network
 from catmaps.training.guard import Guard
 from catmaps.training.objectives import objective_of
 from catmaps.training.optim import build_optimisers, rate, set_rate
-from catmaps.training.parallelize import forget_casts, is_sharded, local, whole
+from catmaps.training.parallelize import forget_casts, is_sharded, let_go, local, whole
 
 ROLES = ("diagonal", "off_diagonal", "anchor")
 
@@ -46,7 +46,7 @@ class FlowTrainModule(TrainModule):
     def __init__(self, config: Config, network: Network, average: Network, teacher: Network | None, law: Law) -> None:
         super().__init__()
         self.config, self.network, self.average = config, network, average.requires_grad_(False)
-        self.objective = objective_of(config, network, teacher)
+        self.objective = objective_of(config, network, teacher, self.average)
         self.optimisers = build_optimisers(network, config.optimiser)
         clock = law if config.start is None else starting_law(config.clock, network.vocab_size)
         self.clock = InformationClock(clock, None if config.start is None else law)
@@ -122,6 +122,8 @@ class FlowTrainModule(TrainModule):
         set_rate(self.optimisers, factor)
         for o in self.optimisers:
             o.step()
+        if self.sharded:
+            let_go(self.average)  # its shares, and not what it gathered where it taught, follow the network
         decay = min(self.config.optimiser.ema, step / (step + 9))
         with torch.no_grad():
             means, owns = ([local(p) for p in net.parameters()] for net in (self.average, self.network))

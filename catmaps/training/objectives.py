@@ -71,15 +71,19 @@ class FlowBatch:
         noise = flow_map.noise(self.key, index.to(device), tokens.shape[1])
         rows, config = self.whole.rows(index, device), self.objective.config.objective
         rows.known[own:] = True
-        return batch_loss(flow_map, self.objective.teacher, config, tokens, noise, rows, self.noisy.sum().item())
+        normaliser, average = self.noisy.sum().item(), self.objective.average
+        return batch_loss(flow_map, self.objective.teacher, config, tokens, noise, rows, normaliser, average)
 
 
 class FlowObjective:
     """The mixture of `config.objective`, with the frozen base of a distillation as teacher."""
 
-    def __init__(self, config: Config, network: FlowNetwork, teacher: FlowNetwork | None) -> None:
+    def __init__(
+        self, config: Config, network: FlowNetwork, teacher: FlowNetwork | None, average: FlowNetwork | None = None
+    ) -> None:
         self.config, self.flow_map = config, FlowMap(network)
         self.teacher = None if teacher is None else FlowMap(teacher.requires_grad_(False))
+        self.average = FlowMap(average) if average is not None and config.objective.jumps == "average" else None
         self.sampling = starting_law(config.clock, network.vocab_size)
 
     def batch(self, law: Law, rows: int, length: int, key: Key, weigh: Weigh | None = None) -> FlowBatch:
@@ -126,9 +130,12 @@ class BaselineObjective:
         return lambda tokens: self.family.bound(network, tokens, num_samples=8, generator=generator)
 
 
-def objective_of(config: Config, network: Network, teacher: Network | None) -> Objective:
+def objective_of(
+    config: Config, network: Network, teacher: Network | None, average: Network | None = None
+) -> Objective:
     if isinstance(network, TokenNetwork):
         return BaselineObjective(config, network)
     assert isinstance(network, FlowNetwork)
     assert teacher is None or isinstance(teacher, FlowNetwork)
-    return FlowObjective(config, network, teacher)
+    assert average is None or isinstance(average, FlowNetwork)
+    return FlowObjective(config, network, teacher, average)

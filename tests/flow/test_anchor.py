@@ -50,5 +50,5 @@ def test_bias_falls_with_the_square_of_the_gap(gap: float) -> None:
 def test_anchor_tells_a_collapsed_map_which_psd_cannot() -> None:
     state, pair = setting((0.45, 0.6, 0.7))
     collapsed = FlowMap(ConstantMap(JOINT, torch.full((3,), 1 / 3)))
-    assert psd(collapsed, TEACHER, state, pair, ONES).total.item() == pytest.approx(0, abs=1e-12)
+    assert psd(collapsed, collapsed, state, pair, ONES).total.item() == pytest.approx(0, abs=1e-12)
     assert anchor(collapsed, TEACHER, state, pair, ONES).values.mean().item() > 0.3

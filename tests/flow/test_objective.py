@@ -252,19 +252,21 @@ def test_base_loss_is_the_mean_cross_entropy_of_noisy_positions() -> None:
 
 
 @pytest.mark.parametrize("loss", get_args(Loss))
+@pytest.mark.parametrize("average", [None, 0.8], ids=["map", "average"])
 @pytest.mark.parametrize("teacher", [None, TEACHER], ids=["joint", "distilled"])
-def test_every_role_gets_its_own_loss_and_teacher(loss: Loss, teacher: FlowMap | None) -> None:
+def test_every_role_gets_its_own_loss_and_teacher(loss: Loss, teacher: FlowMap | None, average: float | None) -> None:
     config = ObjectiveConfig(loss=loss, off_diagonal=0.6, clean=0.5)
     tokens, noise, drawn, normaliser = batch(config, seed=12)
-    result = batch_loss(student(), teacher, config, tokens, noise, drawn, normaliser)
-    guide = teacher or student()
+    own = student() if average is None else student(average)
+    result = batch_loss(student(), teacher, config, tokens, noise, drawn, normaliser, None if average is None else own)
+    guide = teacher or own
     for role in (DIAGONAL, OFF_DIAGONAL_ROW, ANCHOR):
         rows, times, noisy = role_rows(drawn, role)
         state, weight = interpolate(tokens[rows], noise[rows], times.s), noisy.double()
         if role == ANCHOR:
             expected = anchor(student(), guide, state, times, weight)
         elif role == OFF_DIAGONAL_ROW:
-            expected = OFF_DIAGONAL[loss](student(), guide, state, times, weight)
+            expected = OFF_DIAGONAL[loss](student(), own if loss == "psd" else guide, state, times, weight)
         elif teacher is None:
             expected = endpoint_cross_entropy(student(), state, times.t, tokens[rows], weight)
         else:

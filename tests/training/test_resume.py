@@ -32,7 +32,7 @@ def assert_the_same(folder: Path, whole: Path, step: int = 20) -> None:
     assert rows(folder) == rows(whole)
 
 
-@pytest.mark.parametrize("kind", ["muon", "psd"])
+@pytest.mark.parametrize("kind", ["muon", "psd", "average"])
 def test_ten_and_ten_steps_are_twenty(kind: str, tmp_path: Path, shards: Path, base_run: Path) -> None:
     config = tiny_kind(kind, shards, base_run)
     halves = began(config, tmp_path / "halves")
@@ -56,7 +56,7 @@ def test_a_run_may_be_given_another_number_of_steps(tmp_path: Path, shards: Path
         with_steps(read_config(longer), longer, 19)
 
 
-@pytest.mark.parametrize("kind", ["muon", "psd"])
+@pytest.mark.parametrize("kind", ["muon", "psd", "average"])
 def test_ten_and_ten_steps_are_twenty_on_two_processes(kind: str, two_processes: Path) -> None:
     assert_the_same(two_processes / f"halves-{kind}", two_processes / kind)
 
