@@ -203,11 +203,18 @@ class Config:
             raise ValueError(f"family {self.family} has no flow map: leave out base and objective.off_diagonal")
         if self.base is not None and self.start is not None:
             raise ValueError("a distilled map begins with its base's weights: leave out start")
-        if self.objective.jumps == "average" and self.base is None and self.network.input == "linear":
+        if self.average_teaches and self.base is None and self.network.input == "linear":
             raise ValueError(
                 "objective.jumps average without a base needs network.input belief: noise is drawn as the map's own "
                 "input table sees it, and the average's is another"
             )
+
+    @property
+    def average_teaches(self) -> bool:
+        """Whether the moving average is called for targets: psd's jumps and, without a frozen base, its diagonal."""
+        objective = self.objective
+        called = objective.loss == "psd" or self.base is None
+        return objective.jumps == "average" and objective.off_diagonal > 0 and called
 
 
 T = TypeVar("T")

@@ -129,3 +129,15 @@ def test_the_vocabulary_of_a_preset_can_be_chosen(capsys: pytest.CaptureFixture[
     facts = json.loads(capsys.readouterr().out)
     assert facts["parameters_vocabulary"] == 2 * 256 * 27
     assert 4e6 < facts["parameters_body"] < 5e6
+
+
+def test_an_average_that_teaches_without_a_base_looks_at_noise_through_no_other_table() -> None:
+    linear, belief = NetworkConfig(input="linear"), NetworkConfig()
+    joint = ObjectiveConfig(jumps="average", off_diagonal=0.5)
+    with pytest.raises(ValueError, match=r"needs network\.input belief"):
+        Config(network=linear, objective=joint)
+    assert Config(network=linear, objective=joint, base="base").average_teaches  # its table is the base's for good
+    assert Config(network=belief, objective=joint).average_teaches
+    assert not Config(network=linear, objective=replace(joint, off_diagonal=0.0)).average_teaches
+    assert Config(network=belief, objective=replace(joint, loss="lsd")).average_teaches
+    assert not Config(network=belief, objective=replace(joint, loss="lsd"), base="base").average_teaches

@@ -122,6 +122,7 @@ def memory(
     compiled: bool,
     tokens: int,
     tile: int | None,
+    average_teaches: bool = False,
 ) -> Memory:
     """Memory of one device.
 
@@ -136,6 +137,7 @@ def memory(
         compiled: Whether blocks are compiled.
         tokens: Of a micro-batch of one device.
         tile: Positions of a tile; None: vocabulary-wide work is done at once.
+        average_teaches: Whether the moving average is called for targets (`objective.jumps`).
     """
     count = parameters(shape)
     weights = FP32 * count.total / shard
@@ -150,6 +152,7 @@ def memory(
             for tangent in (False, True)
         )
 
+    others = int(any(role.calls.teacher for role in mixture)) + average_teaches
     working = [
         tokens * role.share * block_bytes(shape, precision, compiled=compiled, tangent=role.calls.tangent > 0)
         for role in mixture
@@ -161,9 +164,7 @@ def memory(
         optimiser=optimiser_bytes(shape, optimiser) / shard,
         average=weights,
         teacher=weights if teacher else 0.0,
-        copies=_copies(
-            shape, shard, precision, teacher=any(role.calls.teacher for role in mixture), several=len(mixture) > 1
-        ),
+        copies=_copies(shape, shard, precision, others=others, several=len(mixture) > 1),
         late=2 * FP32 * rest if shard > 1 else 0.0,
         reduction=weights if shard == 1 and replicas > 1 else 0.0,
         activations=saved(False),
@@ -179,7 +180,8 @@ def _wide(role: RoleWork) -> str:
     return "soft" if role.role == "diagonal" and role.calls.teacher else role.role
 
 
-def _copies(shape: Shape, shard: int, precision: int, *, teacher: bool, several: bool) -> Number:
+def _copies(shape: Shape, shard: int, precision: int, *, others: int, several: bool) -> Number:
+    """`others`: networks that are called beside the one in training."""
     if shard == 1:
         return precision * low_precision_copies(shape) if precision == BF16 else 0.0
     count, block = parameters(shape), block_parameters(shape)
@@ -187,4 +189,4 @@ def _copies(shape: Shape, shard: int, precision: int, *, teacher: bool, several:
     cast = precision * count.head if precision == BF16 else 0
     # Where several roles call a block its gradients wait for the last.
     waiting = precision * shape.blocks * block if several else 0
-    return FP32 * rest * (1 + teacher) + cast + precision * 2 * block + waiting
+    return FP32 * rest * (1 + others) + cast + precision * 2 * block + waiting

@@ -83,7 +83,7 @@ class FlowObjective:
     ) -> None:
         self.config, self.flow_map = config, FlowMap(network)
         self.teacher = None if teacher is None else FlowMap(teacher.requires_grad_(False))
-        self.average = FlowMap(average) if average is not None and config.objective.jumps == "average" else None
+        self.average = FlowMap(average) if average is not None and config.average_teaches else None
         self.sampling = starting_law(config.clock, network.vocab_size)
 
     def batch(self, law: Law, rows: int, length: int, key: Key, weigh: Weigh | None = None) -> FlowBatch:

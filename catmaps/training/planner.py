@@ -67,6 +67,8 @@ class Traffic:
     """Collectives of a step."""
     scatters: int = 0
     reductions: int = 0
+    once: tuple[int, Number] = (0, 0.0)
+    """Gathers, and their bytes, that a step makes whatever its micro-batches; counted above."""
 
     @property
     def total(self) -> Number:
@@ -214,6 +216,7 @@ def plan(config: Config, vocabulary: int, cluster: Cluster, tokens: Number | Non
             compiled=training.compile,
             tokens=micro * shape.length,
             tile=positions if tiled else None,
+            average_teaches=config.average_teaches,
         ),
         tokens=total,
         steps=math.ceil(total / step_tokens),
@@ -262,8 +265,8 @@ def _traffic(
     config: Config, shape: Shape, mixture: tuple[RoleWork, ...], shard: int, replicas: int, passes: int
 ) -> Traffic:
     """Sharded, a call gathers each block, and once more for its backward pass. All else is gathered in fp32, once a
-    micro-batch; of a teacher it stays gathered. Gradients of a block's calls are added, then scattered once; replicas
-    add theirs once a step."""
+    micro-batch; of a teacher it stays gathered, of a moving average that teaches to the end of the step. Gradients of a
+    block's calls are added, then scattered once; replicas add theirs once a step."""
     count, block = parameters(shape).total, block_parameters(shape)
     if shard == 1:
         between = 2 * (replicas - 1) / replicas
@@ -273,13 +276,15 @@ def _traffic(
     precision = BF16 if config.training.precision == "bf16" else FP32
     rest, ring, between = count - shape.blocks * block, (shard - 1) / shard, 2 * (replicas - 1) / replicas
     blocks, calls = shape.blocks * block, 2 * learning + silent
+    once = int(config.average_teaches), ring * FP32 * rest * config.average_teaches
     return Traffic(
-        gather=ring * passes * (FP32 * rest + calls * precision * blocks),
+        gather=ring * passes * (FP32 * rest + calls * precision * blocks) + once[1],
         scatter=ring * passes * FP32 * count,
         reduce=between * FP32 * count / shard,
-        gathers=passes * (1 + calls * shape.blocks),
+        gathers=passes * (1 + calls * shape.blocks) + once[0],
         scatters=passes * (1 + shape.blocks),
         reductions=1 + shape.blocks if replicas > 1 else 0,
+        once=once,
     )
 
 

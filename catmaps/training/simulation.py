@@ -105,14 +105,15 @@ class Comparison:
 def compare(simulated: Simulated, made: Plan) -> tuple[Comparison, ...]:
     """A step of the plan beside the simulated one, scaled from its micro-batches to the plan's."""
     times, traffic = made.passes / simulated.passes, made.traffic
+    gathers, gathered = traffic.once  # which its micro-batches share
     moments = made.parameters.total * (2 if made.config.optimiser.name == "adamw" else 1)
     if made.config.optimiser.name == "muon":
         moments += made.parameters.total - block_matrices(made.shape)
     return (
         Comparison("weights of a device", made.parameters.total / made.shard, simulated.parameters),
         Comparison("moments of a device", moments / made.shard, simulated.moments),
-        Comparison("gathers a step", traffic.gathers, simulated.gathers * times),
-        Comparison("bytes gathered", traffic.gather, simulated.gather_bytes * times),
+        Comparison("gathers a step", traffic.gathers, (simulated.gathers - gathers) * times + gathers),
+        Comparison("bytes gathered", traffic.gather, (simulated.gather_bytes - gathered) * times + gathered),
         Comparison("scatters a step", traffic.scatters, simulated.scatters * times),
         Comparison("bytes scattered", traffic.scatter, simulated.scatter_bytes * times),
         Comparison("all-reductions a step", traffic.reductions, simulated.reductions),

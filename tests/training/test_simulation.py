@@ -18,7 +18,7 @@ pytest.importorskip("olmo_core")
 from catmaps.training.planner import Cluster, plan
 from catmaps.training.simulation import compare, simulate
 
-LOSSES = ["base", "psd", "lsd", "esd", "ecld"]
+LOSSES = ["base", "psd", "average", "lsd", "esd", "ecld"]
 
 
 @pytest.mark.parametrize(("loss", "shard"), [*((loss, 8) for loss in LOSSES), ("base", 2), ("psd", 4)])
@@ -27,7 +27,8 @@ def test_a_step_sends_what_is_planned(loss: Any, shard: int) -> None:
     config = replace(config, training=TrainingConfig(batch=8 * 24, micro_batch=8), preset="test")
     if loss != "base":
         config = replace(DISTILLATIONS["distill"](config), base="base", training=config.training)
-        config = replace(config, objective=replace(config.objective, loss=loss))
+        changes = {"jumps": loss} if loss == "average" else {"loss": loss}
+        config = replace(config, objective=replace(config.objective, **changes))
     done = simulate(config, 512, 8, shard)
     made = plan(config, 512, Cluster(gpus=8, shard=shard))
     assert made.passes == 3
