@@ -25,7 +25,7 @@ from catmaps.training.train import start, train
 
 LENGTH = 16
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "red", "fish", "in", "blue", "water")
-KINDS = ("base", "muon", "psd", "average", "lsd", "esd", "ecld")
+KINDS = ("base", "muon", "psd", "average", "lsd", "lsd_kl", "esd", "ecld")
 TIMES = ("seconds", "cpu_seconds")
 
 

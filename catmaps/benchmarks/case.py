@@ -67,7 +67,7 @@ class Case:
         trunk = self.blocks * (24 * self.width**2 + 4 * self.length * self.width)
         table = 2 * self.vocabulary * self.width
         forward = self.tokens * (trunk + table + (table if self.input == "belief" else 0))
-        passes = {"sample": CALLS, "score": DRAWS + 2, "base": 3, "soft": 4, "lsd": 7, "ecld": 7, "esd": 6}
+        passes = {"sample": CALLS, "score": DRAWS + 2, "base": 3, "soft": 4, "lsd": 7, "ecld": 7, "lsd_kl": 6, "esd": 6}
         return float(forward * passes.get(self.work, 5))
 
 

@@ -23,7 +23,8 @@ from catmaps.flow.reduction import TokenLoss, weighted_sum
 from catmaps.flow.times import Pair
 from catmaps.tiles import MovingReadout, Readout, Tile, fused
 
-RATIO_FLOOR = 1e-2  # floor of the target of (12), as a share of the map; at an exact map they are equal
+RATIO_FLOOR = 1e-2
+"""Floor of the targets of `lsd_kl` and `esd` as a share of the map, which an exact map equals."""
 
 
 def _shifted(logits: Tensor) -> Tensor:
@@ -181,6 +182,38 @@ def lsd(flow_map: FlowMap, teacher: FlowMap, state: AnyState, times: Pair, weigh
 
 
 @fused
+def _lagrangian_step(along: MovingReadout, ahead: Readout, factor: Tensor, now: Readout) -> Tensor:
+    _, mu, rate = _moving(along)
+    target = (ahead.logits().softmax(-1) - factor[..., None] * rate).maximum(RATIO_FLOOR * mu)
+    return _kl_to(target / target.sum(-1, keepdim=True), _shifted(now.logits()))
+
+
+def lsd_kl(
+    flow_map: FlowMap, teacher: FlowMap, state: AnyState, times: Pair, weight: Float[Tensor, "b l"]
+) -> TokenLoss:
+    """Lagrangian self-distillation in KL form: the target is (8) solved for its first term,
+
+        mu_{t,t}(X_{s,t}(x)) - (1 - t) gamma d/dt mu_{s,t}(x),
+
+    floored at a small share of mu_{s,t}, where no exact map is. It carries no gradient: no pass goes back through the
+    tangent. As a quotient, (11), it would divide by mu_{t,t} / mu_{s,t}, which is as small as can be at exact maps.
+
+    Source: DFM, arXiv:2604.09784 (the quotient); docs/maths.md (c4).
+    """
+    s, _, t = times
+    ds, dt = _along_t(times)
+    gamma = step_fraction(s, t)
+    with torch.no_grad():
+        along = flow_map.read_with_tangent(state, s, t, ds=ds, dt=dt)
+        ahead = teacher.read(advance(state, along.still(), gamma), t, t)
+
+    def work(now: Any, tile: Tile) -> tuple[Tensor, Tensor | None]:
+        return _lagrangian_step(tile(along).readout, tile(ahead).readout, tile((1 - t) * gamma), now.readout), None
+
+    return weighted_sum(work, flow_map.read(state, s, t), weight)
+
+
+@fused
 def _consistency(now: MovingReadout, target: Readout, factor: Tensor) -> Tensor:
     logits, _, rate = _moving(now)
     return 2 * _kl_to(target.logits().softmax(-1), logits) + 2 * factor * rate.square().sum(-1)
@@ -245,7 +278,7 @@ def esd(flow_map: FlowMap, teacher: FlowMap, state: AnyState, times: Pair, weigh
 
 
 OffDiagonalLoss = Callable[[FlowMap, FlowMap, AnyState, Pair, Float[Tensor, "b l"]], TokenLoss]
-OFF_DIAGONAL: dict[str, OffDiagonalLoss] = {"psd": psd, "lsd": lsd, "esd": esd, "ecld": ecld}
-LAGRANGIAN = frozenset({"lsd", "ecld"})
+OFF_DIAGONAL: dict[str, OffDiagonalLoss] = {"psd": psd, "lsd": lsd, "lsd_kl": lsd_kl, "esd": esd, "ecld": ecld}
+LAGRANGIAN = frozenset({"lsd", "lsd_kl", "ecld"})
 """Losses on (8), which learn from d/dt mu. At t = 1 its factor 1 - t is zero and they ask for any one-hot: a map taught
 there forgets the flow, so `objective` gives them pairs with t < 1."""

@@ -28,7 +28,7 @@ GOLDEN = 0.6180339887498949  # multiples of it modulo 1 spread evenly over every
 class ObjectiveConfig:
     """The mixture of losses."""
 
-    loss: Literal["psd", "lsd", "esd", "ecld"] = "psd"
+    loss: Literal["psd", "lsd", "lsd_kl", "esd", "ecld"] = "psd"
     """Off-diagonal loss."""
     off_diagonal: float = 0.0
     """Share of sequences with s < t, anchors included; 0 trains a base."""
@@ -40,13 +40,13 @@ class ObjectiveConfig:
     anchor_gap: float = 1 / 64
     """Largest gap of an anchor, in units of the clock."""
     boundary: float = 0.25
-    """Share of the other off-diagonal sequences with (s, t) = (0, 1); lsd and ecld take none."""
+    """Share of the other off-diagonal sequences with (s, t) = (0, 1); not for Lagrangian losses (lsd, lsd_kl, ecld)."""
     final: float = 0.0
-    """Share of the others that end at t = 1: the jumps of renoising, from times spread over the sampling clock; lsd and
-    ecld take none."""
+    """Share of the others that end at t = 1: the jumps of renoising, from times spread over the sampling clock; not for
+    Lagrangian losses."""
     ladder: float = 0.0
-    """Share of what is left that are single steps of a sampling grid of 1, 2, 4, ... or 32 steps; lsd and ecld take
-    none."""
+    """Share of what is left that are single steps of a sampling grid of 1, 2, 4, ... or 32 steps; not for Lagrangian
+    losses."""
     weighting: Literal["unit", "likelihood", "snr", "learned", "inverse_variance"] = "unit"
     """Of the diagonal loss by its time, beside the law of time (`flow/weighting.py`); a teacher's diagonal has unit."""
     clean: float = 0.25

@@ -70,6 +70,8 @@ def calls(role: str, teacher: bool, *, tiled: bool, skip: bool) -> Calls:
         return Calls(plain=1, teacher=2, again=t, mixed=1)
     if role == "esd":
         return Calls(plain=1, own_tangent=1, teacher=1, again=t, mixed=1)
+    if role == "lsd_kl":
+        return Calls(plain=1, own_tangent=1, teacher=1, still=1, again=t, mixed=1)
     assert role in ("lsd", "ecld")
     return Calls(tangent=1, teacher=1, still=1 + t * int(skip), mixed=1)
 

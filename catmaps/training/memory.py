@@ -19,10 +19,10 @@ from catmaps.training.shapes import (
 )
 
 FP32, BF16 = 4, 2
-WHOLE = {"diagonal": 8, "soft": 11, "psd": 15, "anchor": 15, "lsd": 18, "ecld": 18, "esd": 18}
+WHOLE = {"diagonal": 8, "soft": 11, "psd": 15, "anchor": 15, "lsd": 18, "lsd_kl": 16, "ecld": 18, "esd": 18}
 """fp32 tensors of (positions, V) alive at the peak of a role where x is held whole, noise included (measured);
 "soft" is the diagonal with a teacher."""
-TILE = {"diagonal": 6, "soft": 8, "psd": 14, "anchor": 14, "lsd": 12, "ecld": 12, "esd": 17}
+TILE = {"diagonal": 6, "soft": 8, "psd": 14, "anchor": 14, "lsd": 12, "lsd_kl": 17, "ecld": 12, "esd": 17}
 """The same within a tile (measured)."""
 
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 
 
 @pytest.mark.parametrize("input", ["belief", "linear"])
-@pytest.mark.parametrize("work", ["base", "soft", "anchor", "psd", "lsd", "esd", "ecld", "sample", "score"])
+@pytest.mark.parametrize("work", ["base", "soft", "anchor", "psd", "lsd", "lsd_kl", "esd", "ecld", "sample", "score"])
 def test_every_work_is_measured(work: str, input: str) -> None:
     row = measure(replace(SMALL, work=work, input=input))
     assert len(row["seconds"]) == 2

@@ -19,6 +19,7 @@ from catmaps.flow.losses import (
     endpoint_cross_entropy,
     esd,
     lsd,
+    lsd_kl,
     psd,
     soft_cross_entropy,
 )
@@ -28,7 +29,7 @@ JOINT = random_joint(3, 2, seed=1, spread=1.2)
 EXACT, TEACHER = ExactMap(JOINT, steps=48), FlowMap(JOINT)
 DIRECTION = torch.randn(2, 3, generator=seeded(2), dtype=torch.float64)
 TIMES = {"start": (0.0, 0.25, 0.4), "middle": (0.2, 0.45, 0.6), "late": (0.45, 0.6, 0.7)}
-FIXED_POINTS = {"psd": psd, "lsd": lsd, "esd": esd}
+FIXED_POINTS = {"psd": psd, "lsd": lsd, "lsd_kl": lsd_kl, "esd": esd}
 B = 12
 ONES = torch.ones(B, 2, dtype=torch.float64)
 
@@ -211,6 +212,22 @@ def test_esd_steps_against_the_eulerian_residual(times: tuple[float, float, floa
 
 
 @every_time
+def test_lsd_in_kl_form_steps_against_the_lagrangian_residual(times: tuple[float, float, float]) -> None:
+    """Target mu_{t,t}(X) - (1-t)(t-s)/(1-s) d/dt mu_{s,t}, with the derivative by central differences."""
+    state, pair = setting(times)
+    s, _, t = pair
+    flow_map = moved(0.05)
+    mu, factor = flow_map.endpoint(state, s, t), (1 - t) * (t - s) / (1 - s)
+    ahead = TEACHER.endpoint(flow_map.jump(state, s, t), t, t)
+    target = ahead - factor[..., None] * rates(flow_map, state, pair)
+    values = lsd_kl(flow_map, TEACHER, state, pair, ONES).values
+    usable = (target > 0.02 * mu).all(-1)  # elsewhere the floor acts
+    assert usable.double().mean().item() > 0.5
+    torch.testing.assert_close(values[usable], kl(target, mu)[usable], rtol=1e-5, atol=1e-9)
+    assert bool(torch.isfinite(values).all())
+
+
+@every_time
 def test_ecld_is_the_bound_and_keeps_a_bias_at_the_exact_map(times: tuple[float, float, float]) -> None:
     state, pair = setting(times)
     s, _, t = pair
@@ -258,7 +275,7 @@ class Hard(Offset):
         return torch.where(value < -300, -math.inf, value)
 
 
-@pytest.mark.parametrize("name", ["psd", "lsd", "esd", "ecld", "anchor", "cross entropy", "soft"])
+@pytest.mark.parametrize("name", ["psd", "lsd", "lsd_kl", "esd", "ecld", "anchor", "cross entropy", "soft"])
 def test_clean_positions_contribute_nothing(name: str) -> None:
     """One position is clean with weight 0: the loss and gradient are those of the noisy one, and finite."""
     known = torch.tensor([[True, False], [False, False], [False, True]]).repeat(4, 1)

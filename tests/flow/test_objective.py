@@ -131,7 +131,7 @@ def test_final_jumps_end_at_one_and_start_all_over_the_sampling_clock() -> None:
 
 
 @pytest.mark.parametrize("loss", get_args(ObjectiveConfig.__annotations__["loss"]))
-def test_lagrangian_losses_alone_never_end_at_one(loss: Literal["psd", "lsd", "esd", "ecld"]) -> None:
+def test_lagrangian_losses_alone_never_end_at_one(loss: Literal["psd", "lsd", "lsd_kl", "esd", "ecld"]) -> None:
     config = dataclasses.replace(MIXED, loss=loss, final=0.5, ladder=0.5)
     drawn = plan(config, CLOCK, 2048, 4, seeded(7), warp(27))
     ends = (drawn.times.t[drawn.role == OFF_DIAGONAL_ROW] == 1).double().mean().item()
@@ -199,7 +199,7 @@ def batch(config: ObjectiveConfig, size: int = 48, seed: int = 11) -> tuple[Tens
     return tokens, noise, drawn, float((~drawn.known).sum())
 
 
-Loss = Literal["psd", "lsd", "esd", "ecld"]
+Loss = Literal["psd", "lsd", "lsd_kl", "esd", "ecld"]
 
 
 @pytest.mark.parametrize("loss", get_args(Loss))

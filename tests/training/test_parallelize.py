@@ -36,7 +36,7 @@ pytest.importorskip("olmo_core")
 from catmaps.training.module import FlowTrainModule
 from catmaps.training.parallelize import _draw, _parts, local, shard_degree
 
-KINDS = ("base", "psd", "average", "lsd", "esd", "ecld", "linear", "masked")
+KINDS = ("base", "psd", "average", "lsd", "lsd_kl", "esd", "ecld", "linear", "masked")
 STEPS = 6
 
 

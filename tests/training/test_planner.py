@@ -57,6 +57,7 @@ MIXTURES = {
     "psd": (ObjectiveConfig(off_diagonal=1.0, anchor=0.0), True),
     "anchor": (ObjectiveConfig(off_diagonal=1.0, anchor=1.0), True),
     "lsd": (ObjectiveConfig(loss="lsd", off_diagonal=1.0, anchor=0.0), True),
+    "lsd_kl": (ObjectiveConfig(loss="lsd_kl", off_diagonal=1.0, anchor=0.0), True),
     "ecld": (ObjectiveConfig(loss="ecld", off_diagonal=1.0, anchor=0.0), True),
     "esd": (ObjectiveConfig(loss="esd", off_diagonal=1.0, anchor=0.0), True),
     "joint": (ObjectiveConfig(off_diagonal=0.5, anchor=0.5), False),

@@ -18,7 +18,7 @@ pytest.importorskip("olmo_core")
 from catmaps.training.planner import Cluster, plan
 from catmaps.training.simulation import compare, simulate
 
-LOSSES = ["base", "psd", "average", "lsd", "esd", "ecld"]
+LOSSES = ["base", "psd", "average", "lsd", "lsd_kl", "esd", "ecld"]
 
 
 @pytest.mark.parametrize(("loss", "shard"), [*((loss, 8) for loss in LOSSES), ("base", 2), ("psd", 4)])

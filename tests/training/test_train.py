@@ -107,7 +107,7 @@ def test_micro_batches_do_not_matter(kind: str, tmp_path: Path, shards: Path, ba
     torch.testing.assert_close(*clocks, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("loss", ["psd", "lsd", "esd", "ecld"])
+@pytest.mark.parametrize("loss", ["psd", "lsd", "lsd_kl", "esd", "ecld"])
 def test_linear_input_is_distilled_through_its_teachers_table(tmp_path: Path, shards: Path, loss: str) -> None:
     plain = tiny(shards, steps=4)
     linear = replace(plain, network=replace(plain.network, input="linear", skip=False))
