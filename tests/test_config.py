@@ -70,7 +70,7 @@ def changed(path: str, value: Any) -> str:
         ("optimiser.decay", 1.5, "decay must lie in"),
         ("optimiser.beta2", 1.0, "optimiser.beta2 must lie in"),
         ("optimiser.ema", 1.0, "optimiser.ema must lie in"),
-        ("objective.loss", "mse", "objective.loss must be one of psd, lsd, esd, ecld, not 'mse'"),
+        ("objective.loss", "mse", "objective.loss must be one of psd, lsd, lsd_kl, esd, ecld, not 'mse'"),
         ("objective.clean", -0.1, "objective.clean must lie in"),
         ("training.steps", 0, "training.steps must be at least 1, not 0"),
         ("training.steps", 1.5, "training.steps must be of type int, not 1.5"),
