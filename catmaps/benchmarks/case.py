@@ -36,7 +36,7 @@ class Case:
     """What is measured."""
 
     work: str
-    """base, soft, anchor, psd, lsd, esd, ecld (a training step with AdamW), sample (4 calls), score (2 draws)."""
+    """base, soft, anchor, psd, lsd, lsd_kl, esd, ecld (a training step, AdamW), sample (4 calls), score (2 draws)."""
     code: Literal["catmaps", "dense"] = "catmaps"
     input: Literal["belief", "linear"] = "linear"
     vocabulary: int = 50_257

@@ -11,7 +11,7 @@ import tyro
 from catmaps.cli import parse
 from catmaps.config import Config
 from catmaps.errors import UserError
-from catmaps.models import located
+from catmaps.models import located, names
 from catmaps.presets import DISTILLATIONS, PRESETS
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _source(source: str) -> tuple[Config, str, Path | None]:
         return replace(PRESETS[source](), preset=source), f"preset {source}", None
     folder = located(Path(source))
     if not folder.exists():
-        raise UserError(f"no preset or run {source}; presets are {', '.join(PRESETS)}")
+        raise UserError(f"no preset or run {source}; presets are {', '.join(PRESETS)}; models {', '.join(names())}")
     from catmaps.model import read_config
 
     return read_config(folder), f"run {source}", folder
