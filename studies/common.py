@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -31,7 +32,8 @@ def record(name: str, figures: dict[str, Any]) -> Path:
 
 
 def _as_a_command() -> None:
-    """One thread, and the allocator of the commands."""
+    """One thread, the allocator of the commands, and no warnings of libraries."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch|olmo_core")
     torch.set_num_threads(1)
     keep_freed_memory()
 

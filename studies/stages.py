@@ -8,6 +8,7 @@ Arms: from a base of `--base` CPU minutes, `--map` minutes of
 and from nothing, for all of the minutes, at the base's rates,
   joint           diagonal and jumps together, the map its own teacher
   joint-average   the same with the moving average as teacher.
+With `--from RUN` the first four alone, all from that base.
 """
 
 import argparse
@@ -65,10 +66,11 @@ def configure(job: Job) -> Config:
         mixture = replace(mixture, jumps="average")
     if job.arm in FROM_BASE:
         config = replace(distill_quickstart(read_config(_begun(job))), objective=mixture)
-        places = {"base": str(job.base)} if job.arm in ("frozen", "average-jumps") else {"start": str(job.base)}
-        config = replace(config, **places)
+        frozen = job.arm in ("frozen", "average-jumps")
+        config = replace(config, base=str(job.base) if frozen else None, start=None if frozen else str(job.base))
     objective = ObjectiveConfig() if job.arm == "base" else mixture
-    return replace(config, objective=objective, training=replace(config.training, steps=job.steps))
+    training = replace(base_config(job.seed).training, steps=job.steps)  # also where a base was trained otherwise
+    return replace(config, objective=objective, training=training)
 
 
 def _begun(job: Job) -> Path:
@@ -111,25 +113,30 @@ def differences(rows: Sequence[dict[str, Any]], arm: str, figure: str) -> tuple[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/stages"))
+    parser.add_argument("--from", dest="run", type=Path, help="a base, in place of bases of --base minutes")
     parser.add_argument("--base", type=float, default=4.0, help="CPU minutes")
     parser.add_argument("--map", type=float, default=2.0, help="CPU minutes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--name", default="stages", help="of the record")
     options = parser.parse_args()
     out, seeds, workers = options.out, options.seeds, options.workers
+    base = {seed: options.run or out / f"base-{seed}" for seed in seeds}
+    from_nothing = () if options.run else JOINT
 
     def steps(jobs: list[Job], minutes: float) -> dict[str, int]:
         seconds = in_parallel(pilot, jobs, workers)
         return {job.arm: round(minutes * 60 / cost) for job, cost in zip(jobs, seconds, strict=True)}
 
-    many = steps([Job("base", 0, out, None)] * workers, options.base)
-    many |= steps([Job(arm, 0, out, None) for arm in JOINT], options.base + options.map)
-    jobs = [Job(arm, seed, out / f"{arm}-{seed}", None, many[arm]) for arm in (*JOINT, "base") for seed in seeds]
-    in_parallel(fit, jobs, workers)
-    many |= steps([Job(arm, 0, out, out / f"base-{seeds[0]}") for arm in FROM_BASE], options.map)
-    later = [
-        Job(arm, seed, out / f"{arm}-{seed}", out / f"base-{seed}", many[arm]) for arm in FROM_BASE for seed in seeds
-    ]
+    many: dict[str, int] = {}
+    jobs: list[Job] = []
+    if options.run is None:
+        many |= steps([Job("base", 0, out, None)] * workers, options.base)
+        many |= steps([Job(arm, 0, out, None) for arm in JOINT], options.base + options.map)
+        jobs += [Job(arm, seed, out / f"{arm}-{seed}", None, many[arm]) for arm in (*JOINT, "base") for seed in seeds]
+        in_parallel(fit, jobs, workers)
+    many |= steps([Job(arm, 0, out, base[seeds[0]]) for arm in FROM_BASE], options.map)
+    later = [Job(arm, seed, out / f"{arm}-{seed}", base[seed], many[arm]) for arm in FROM_BASE for seed in seeds]
     in_parallel(fit, later, workers)
     jobs += later
     measured = in_parallel(measure, jobs, workers)
@@ -138,12 +145,12 @@ def main() -> None:
         for job, figures in zip(jobs, measured, strict=True)
     ]
     names = ["nelbo", *(f"{way} bits @{n}" for n in CALLS for way in ("forward", "reverse"))]
-    for arm in (*FROM_BASE, *JOINT):
+    for arm in (*FROM_BASE, *from_nothing):
         print(f"{arm}, {many[arm]} steps")
         for name in names:
             mean, gap, error = differences(rows, arm, name)
             print(f"  {name:18} {mean:.3f}  {gap:+.3f} +- {error:.3f}")
-    print(record("stages", {"base_minutes": options.base, "map_minutes": options.map, "steps": many, "rows": rows}))
+    print(record(options.name, {"base_minutes": options.base, "map_minutes": options.map, "steps": many, "rows": rows}))
 
 
 if __name__ == "__main__":
