@@ -151,9 +151,13 @@ def run_tasks(folder: Path, *, only: int | None = None, workers: int = 1, steps:
     if only is not None and not 0 <= only < plan.tasks:
         raise UserError(f"there is no task {only}: {folder} has tasks 0 to {plan.tasks - 1}")
     first, count = (0, plan.tasks) if only is None else (only, 1)
-    for task in range(first, first + count):
-        if not (part_folder(folder, task) / PART_FILE).is_file():  # whatever datatrove's own mark says
-            (folder / LOGS / "completions" / f"{task:05d}").unlink(missing_ok=True)
+    marks = folder / LOGS / "completions"
+    marks.mkdir(parents=True, exist_ok=True)
+    for task in range(first, first + count):  # whatever datatrove's marks say: it may end before it makes one
+        if (part_folder(folder, task) / PART_FILE).is_file():
+            (marks / f"{task:05d}").touch()
+        else:
+            (marks / f"{task:05d}").unlink(missing_ok=True)
     executor = TaskExecutor(
         pipeline=[ReadFiles(plan), *steps, WriteShards(plan, folder)],
         tasks=plan.tasks,
