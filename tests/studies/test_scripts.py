@@ -2,17 +2,25 @@
 
 import importlib
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from oracle import seeded
 
-from catmaps.flow.times import uniform, warp
+from catmaps.config import Config
+from catmaps.flow.flow_map import FlowMap
+from catmaps.flow.interpolant import interpolate
+from catmaps.flow.losses import psd
+from catmaps.flow.objective import ObjectiveConfig
+from catmaps.flow.times import Pair, uniform, warp
 from catmaps.model import build_network, read_config
-from catmaps.network.denoiser import NetworkConfig, uniform_log_prior
+from catmaps.network.denoiser import FlowNetwork, NetworkConfig, uniform_log_prior
+from catmaps.training.objectives import FlowObjective
 
 STUDIES = Path(__file__).parents[2] / "studies"
 
@@ -95,3 +103,131 @@ def test_a_base_is_copied_with_another_gain(script: ModuleType, base_run: Path, 
     assert read_config(other) == read_config(base_run)
     assert script.slopes(base_run) == pytest.approx({"in": 2.5, "out": 2.5}, rel=1e-4)
     assert script.slopes(other) == pytest.approx({"in": 7.0, "out": 7.0}, rel=1e-4)
+
+
+def _network(build: Callable[..., FlowNetwork], seed: int = 0) -> FlowNetwork:
+    """Of which nothing is zero."""
+    torch.manual_seed(seed)
+    network = build(NetworkConfig(width=16, blocks=1, heads=2), uniform_log_prior(5))
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=seeded(p.numel())))
+    return network
+
+
+@of("conditioning")
+@pytest.mark.parametrize("arm", ["clock-snr", "clock", "snr", "t", "nothing"])
+def test_time_features_of_an_arm_see_what_its_name_says(script: ModuleType, arm: str) -> None:
+    whole, own = script.features("clock-snr", 5), script.features(arm, 5)
+    assert own.size == whole.size
+    t = torch.tensor([[0.1, 0.4, 0.7]])
+    values, rates = own.tangent(t, torch.ones_like(t))
+    clock = torch.tensor([i % 2 == 0 for i in range(own.size)])  # tau stands before log-SNR, then waves of the one
+    clock[2:] = (torch.arange(own.size - 2) // 8) % 2 == 0
+    moves = (values[:, 0] != values[:, 1])[0]
+    assert bool(moves[clock].all()) == bool(rates[0, 0, clock].any()) == (arm not in ("snr", "nothing"))
+    assert bool(moves[~clock].all()) == bool(rates[0, 0, ~clock].any()) == (arm in ("clock-snr", "snr"))
+    if arm == "t":
+        assert values[0, :, 0].tolist() == pytest.approx(t[0].tolist())
+
+
+@of("conditioning")
+def test_an_estimate_enters_where_there_is_one(script: ModuleType) -> None:
+    """Without it the network is the plain one; two looks depend on the state alone, a warm one on the last call."""
+    plain = _network(script.builder("clock-snr"))
+    own: Any = _network(script.builder("self-conditioned"))
+    own.load_state_dict(plain.state_dict(), strict=False)
+    tokens = torch.randint(5, (2, 6), generator=seeded(1))
+    noise = torch.randn(2, 6, 5, generator=seeded(2))
+    t, later = torch.full((2, 1), 0.3), torch.full((2, 1), 0.5)
+    start = torch.zeros(2, 1)
+    states = {float(time[0, 0]): interpolate(tokens, noise, time) for time in (start, t, later)}
+
+    def logits(network: FlowNetwork, time: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return FlowMap(network).logits(states[float(time[0, 0])], time, time)
+
+    own.passes = 1
+    assert torch.equal(logits(own, t), logits(plain, t))
+    own.passes = 2
+    twice = logits(own, t)
+    assert not torch.allclose(twice, logits(plain, t), atol=1e-3)
+    logits(own, later)
+    assert torch.equal(logits(own, t), twice)
+    own.passes = "warm"
+    assert torch.equal(logits(own, start), logits(plain, start))
+    warm = logits(own, t)
+    assert torch.allclose(own.estimate, warm.softmax(-1))
+    assert not torch.allclose(warm, logits(plain, t), atol=1e-3)
+    again = logits(own, t)  # its own answer is now the estimate: the second look of two
+    assert not torch.equal(again, warm)
+    assert torch.equal(logits(own, start), logits(plain, start))  # new texts begin without
+
+
+@of("conditioning")
+def test_an_estimate_learns_but_not_through_what_it_is_made_of(script: ModuleType) -> None:
+    network: Any = _network(script.builder("self-conditioned"))
+    noise, t = torch.randn(2, 6, 5, generator=seeded(2)), torch.full((2, 1), 0.3)
+    state, seen = interpolate(torch.zeros(2, 6, dtype=torch.long), noise, t), set()
+    for _ in range(12):
+        network.zero_grad()
+        FlowMap(network).logits(state, t, t).square().sum().backward()
+        assert network.estimates.weight.grad is None or network.estimates.weight.grad.any()
+        assert network.estimate is None or not network.estimate.requires_grad
+        seen.add(network.estimate is None)
+    assert seen == {True, False}
+
+
+@of("gradients")
+def test_what_opposes_is_taken_off_and_nothing_else(script: ModuleType) -> None:
+    one, other = torch.tensor([1.0, 2.0, 0.0]), torch.tensor([1.0, 0.0, 0.0])
+    kept, cosine = script.without_opposition(one, other)
+    assert kept is one
+    assert cosine == pytest.approx(5**-0.5)
+    left, cosine = script.without_opposition(one, -3 * other)
+    assert left.tolist() == [0.0, 2.0, 0.0]
+    assert cosine == pytest.approx(-(5**-0.5))
+    assert script.without_opposition(one, torch.zeros(3))[0] is one
+
+
+@of("gradients")
+def test_adaptive_weights_are_those_of_their_formula(script: ModuleType) -> None:
+    """Level under a floor that drowns distances; else a position's loss counts by its distance to the target."""
+    network = _network(build_network)
+    flow_map, noise = FlowMap(network), torch.randn(4, 6, 5, generator=seeded(3))
+    times = Pair(*(torch.full((4, 1), time) for time in (0.2, 0.4, 0.7)))
+    state = interpolate(torch.zeros(4, 6, dtype=torch.long), noise, times.s)
+    weight = torch.full((4, 6), 1 / 24)
+    weight[0] = 0.0  # does not count towards the mean either
+    plain = psd(flow_map, flow_map, state, times, weight)
+    level = script.adaptive_psd(1e9)(flow_map, flow_map, state, times, weight)
+    assert level.total.item() == pytest.approx(plain.total.item(), rel=1e-5)
+    adaptive = script.adaptive_psd(1e-6)(flow_map, flow_map, state, times, weight)
+    assert torch.allclose(adaptive.values, plain.values, atol=1e-6)
+    with torch.no_grad():
+        second = flow_map.jump(flow_map.jump(state, times.s, times.u), times.u, times.t)
+        long = flow_map.jump(state, times.s, times.t)
+        # X_{u,t} o X_{s,u} - X_{s,t} = gamma (target - mu)
+        distance = (second.x - long.x).norm(dim=-1) * (1 - 0.2) / (0.7 - 0.2)
+    factor = (1 / distance)[1:]
+    expected = (plain.values[1:] * factor).sum() / factor.sum() * (18 / 24)
+    assert adaptive.total.item() == pytest.approx(expected.item(), rel=1e-2)
+
+
+@of("gradients")
+def test_the_parts_of_an_objective_add_up(script: ModuleType) -> None:
+    network, teacher = _network(build_network), _network(build_network, seed=1)
+    config = Config(objective=ObjectiveConfig(off_diagonal=0.5, boundary=0.3))
+    whole = FlowObjective(config, network, teacher)
+    tokens = torch.randint(5, (16, 6), generator=seeded(1))
+
+    def gradients(objective: Any) -> list[torch.Tensor]:
+        network.zero_grad()
+        batch = objective.batch(warp(5), 16, 6, (0, 1))
+        batch.loss(tokens, torch.arange(16)).total.backward()
+        return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in network.parameters()]
+
+    sums = zip(gradients(script.Part(whole, True)), gradients(script.Part(whole, False)), strict=True)
+    for a, (b, c) in zip(gradients(whole), sums, strict=True):
+        assert torch.allclose(a, b + c, atol=1e-6)
+        assert not torch.equal(a, b) or not a.any()

@@ -1,0 +1,183 @@
+"""Do a map's jumps learn better with gradients set apart, or with adaptive weights? From one base, equal steps.
+
+Arms of PSD distillation:
+  plain      the sum of all losses: `catmaps distill`
+  surgery    where the gradient of jumps and anchors opposes that of the diagonal, its component along the latter is
+             taken off before both are added
+  adaptive   a jump's loss at a position weighs (||target - mu||^2 + c)^-1/2, c = 1e-6, over its mean in the batch
+  adaptive2  the same with c = 0.01
+Figures: samples in few calls, the bound, and of `surgery` how often and how much the two gradients oppose each other.
+
+Source: DFM, arXiv:2604.09784 (both remedies); Yu et al. 2020, arXiv:2001.06782 (surgery).
+"""
+
+import argparse
+import math
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from common import in_parallel, record
+from jaxtyping import Float
+from torch import Tensor
+
+from catmaps.flow import losses
+from catmaps.flow.flow_map import FlowMap
+from catmaps.flow.interpolant import AnyState, advance, step_fraction
+from catmaps.flow.objective import DIAGONAL
+from catmaps.flow.reduction import TokenLoss, weighted_sum
+from catmaps.flow.times import Law, Pair
+from catmaps.model import load_run, read_config
+from catmaps.presets import distill_quickstart
+from catmaps.studies.measures import few_step, nelbo
+from catmaps.tiles import Tile
+from catmaps.training import module
+from catmaps.training.objectives import FlowBatch, FlowObjective, Key, Weigh
+from catmaps.training.train import start, train
+
+PLAIN, SURGERY = "plain", "surgery"
+FLOORS = {"adaptive": 1e-6, "adaptive2": 1e-2}
+ARMS = (PLAIN, SURGERY, *FLOORS)
+CALLS = (1, 4, 8)
+
+
+def without_opposition(gradient: Float[Tensor, "n"], other: Float[Tensor, "n"]) -> tuple[Float[Tensor, "n"], float]:
+    """`gradient` less its component along `other` where that is negative; and their cosine."""
+    along = torch.dot(gradient, other)
+    cosine = (along / (gradient.norm() * other.norm()).clamp_min(1e-30)).item()
+    return (gradient - along / other.square().sum() * other if cosine < 0 else gradient), cosine
+
+
+WORK = module.FlowTrainModule
+
+
+class Part:
+    """An objective of which only the diagonal counts, or only the rest."""
+
+    def __init__(self, whole: FlowObjective, diagonal: bool) -> None:
+        self.whole, self.diagonal = whole, diagonal
+
+    def batch(self, law: Law, rows: int, length: int, key: Key, weigh: Weigh | None = None) -> FlowBatch:
+        batch = self.whole.batch(law, rows, length, key, weigh)
+        counts = (batch.whole.role == DIAGONAL) == self.diagonal
+        batch.whole = batch.whole._replace(weight=batch.whole.weight * counts[:, None])
+        return batch
+
+
+class Surgeon(WORK):
+    """Two backward passes a step, whose gradients do not oppose each other once they are added."""
+
+    cosines: list[float] = []  # of the process, which trains one arm at a time
+
+    def train_batch(self, batch: dict[str, Any], dry_run: bool = False) -> None:
+        """As the trainer's, twice."""
+        whole = self.objective
+        assert isinstance(whole, FlowObjective)
+        weights = [p for p in self.network.parameters() if p.requires_grad]
+        parts: list[Tensor] = []
+        for diagonal in (True, False):
+            self.zero_grads()
+            self.objective = Part(whole, diagonal)  # pyright: ignore[reportAttributeAccessIssue]
+            super().train_batch(batch, dry_run)
+            parts.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in weights]))
+        self.objective = whole
+        if dry_run:
+            return
+        jumps, cosine = without_opposition(parts[1], parts[0])
+        Surgeon.cosines.append(cosine)
+        for p, part in zip(weights, (parts[0] + jumps).split([p.numel() for p in weights]), strict=True):
+            p.grad = part.view_as(p)
+
+
+def adaptive_psd(floor: float) -> losses.OffDiagonalLoss:
+    """`psd` whose positions weigh (||target - mu||^2 + floor)^-1/2 over its mean."""
+
+    def loss(flow_map: FlowMap, teacher: FlowMap, state: AnyState, times: Pair, weight: Tensor) -> TokenLoss:
+        s, u, t = times
+        with torch.no_grad():
+            first = teacher.read(state, s, u)
+            second = teacher.read(advance(state, first, step_fraction(s, u)), u, t)
+            share = losses._first_share(times)[..., None]
+            target = torch.lerp(second.x, first.x, share)
+            now = flow_map.read(state, s, t)
+            factor = ((now.x - target).square().sum(-1) + floor).rsqrt() * (weight > 0)
+            factor = factor / (factor.sum() / (weight > 0).sum().clamp_min(1))
+
+        def work(now: Any, tile: Tile) -> tuple[Tensor, Tensor | None]:
+            return losses._kl_to(tile(target), losses._shifted(now.readout.logits())), None
+
+        return weighted_sum(work, flow_map.read(state, s, t), weight * factor)
+
+    return loss
+
+
+class Job(NamedTuple):
+    arm: str
+    seed: int
+    base: Path
+    out: Path
+    steps: int
+
+
+def fit(job: Job) -> None:
+    config = distill_quickstart(read_config(job.base))
+    training = replace(
+        config.training, steps=job.steps, seed=job.seed, threads=1, compile=False, evaluate_every=0, save_every=10**6
+    )
+    if not (job.out / "config.json").exists():
+        start(replace(config, base=str(job.base), preset="gradients", training=training), job.out)
+    losses.OFF_DIAGONAL["psd"] = adaptive_psd(FLOORS[job.arm]) if job.arm in FLOORS else losses.psd
+    module.FlowTrainModule = Surgeon if job.arm == SURGERY else WORK
+    Surgeon.cosines = []
+    train(job.out)
+
+
+def measure(job: Job) -> dict[str, float]:
+    fit(job)
+    run = load_run(job.out)
+    figures = nelbo(run, seed=0).figures | few_step(run, seed=job.seed, calls=CALLS, samples=512).figures
+    found = {name: figure.value for name, figure in figures.items()}
+    if Surgeon.cosines:
+        cosines = torch.tensor(Surgeon.cosines)
+        found |= {"opposed": (cosines < 0).float().mean().item(), "cosine": cosines.mean().item()}
+    return found
+
+
+def compared(rows: list[tuple[Job, dict[str, float]]], arm: str, name: str) -> tuple[float, float, float]:
+    """(mean, mean difference to the plain arm by seeds, its standard error)."""
+    own = {job.seed: found[name] for job, found in rows if job.arm == arm}
+    beside = {job.seed: found[name] for job, found in rows if job.arm == PLAIN}
+    gaps = [own[seed] - beside[seed] for seed in own]
+    error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
+    return statistics.mean(own.values()), statistics.mean(gaps), error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("runs/gradients"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    jobs = [
+        Job(arm, seed, options.base, options.out / f"{arm}-{seed}", options.steps)
+        for seed in options.seeds
+        for arm in ARMS
+    ]
+    rows = list(zip(jobs, in_parallel(measure, jobs, options.workers), strict=True))
+    names = ["nelbo", *(f"{way} bits @{n}" for n in CALLS for way in ("forward", "reverse"))]
+    for arm in ARMS:
+        for name in names:
+            mean, gap, error = compared(rows, arm, name)
+            print(f"{arm:10} {name:18} {mean:.3f}  {gap:+.3f} +- {error:.3f}")
+    for name in ("opposed", "cosine"):
+        print(f"{name} {statistics.mean(found[name] for job, found in rows if job.arm == SURGERY):.3f}")
+    recorded = [{"arm": job.arm, "seed": job.seed, "figures": found} for job, found in rows]
+    print(record("gradients", {"steps": options.steps, "rows": recorded}))
+
+
+if __name__ == "__main__":
+    main()
