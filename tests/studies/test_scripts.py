@@ -231,3 +231,22 @@ def test_the_parts_of_an_objective_add_up(script: ModuleType) -> None:
     for a, (b, c) in zip(gradients(whole), sums, strict=True):
         assert torch.allclose(a, b + c, atol=1e-6)
         assert not torch.equal(a, b) or not a.any()
+
+
+@of("clock_source")
+def test_the_entropy_of_a_source_is_that_of_its_texts(script: ModuleType) -> None:
+    """Against the law of all texts of three tokens, and against drawn ones."""
+    source = script.Source.drawn(3, 2, seed=1)
+    prior, within = source.log_prior.double().exp(), source.within.repeat(3)
+    assert prior.sum().item() == pytest.approx(1)
+    assert source.unigram_entropy == pytest.approx(torch.special.entr(prior).sum().item())
+    step = source.transition.repeat_interleave(2, 0).repeat_interleave(2, 1) * within  # token to token
+    assert torch.allclose(prior @ step, prior, atol=1e-6)  # stationary
+    joint = prior[:, None, None] * step[:, :, None] * step[None]
+    assert source.entropy(3) == pytest.approx(torch.special.entr(joint).sum().item() / 3, rel=1e-6)
+    texts = source.texts(50_000, 3, seeded(0))
+    counts = torch.zeros(6, 6, 6, dtype=torch.float64).index_put_(
+        tuple(texts.unbind(1)), torch.ones(1, dtype=torch.float64), accumulate=True
+    )
+    error = (joint * (1 - joint) / len(texts)).sqrt()
+    assert ((counts / len(texts) - joint).abs() < 5 * error + 1e-9).all()
