@@ -1,4 +1,4 @@
-"""Do a map's jumps learn better with gradients set apart, or with adaptive weights? From one base, equal steps.
+"""Do jumps learn better with gradients set apart, adaptive weights, or other constants? From one base, equal steps.
 
 Arms of PSD distillation:
   plain      the sum of all losses: `catmaps distill`
@@ -6,6 +6,9 @@ Arms of PSD distillation:
              taken off before both are added
   adaptive   a jump's loss at a position weighs (||target - mu||^2 + c)^-1/2, c = 1e-6, over its mean in the batch
   adaptive2  the same with c = 0.01
+and of endpoint-consistency distillation (docs/maths.md (c2)):
+  ecld       with the corrected constants 2 and 2
+  ecld42     with the published ones, 4 and 2
 Figures: samples in few calls, the bound, and of `surgery` how often and how much the two gradients oppose each other.
 
 Source: DFM, arXiv:2604.09784 (both remedies); Yu et al. 2020, arXiv:2001.06782 (surgery).
@@ -32,14 +35,17 @@ from catmaps.flow.times import Law, Pair
 from catmaps.model import load_run, read_config
 from catmaps.presets import distill_quickstart
 from catmaps.studies.measures import few_step, nelbo
-from catmaps.tiles import Tile
+from catmaps.tiles import MovingReadout, Readout, Tile
 from catmaps.training import module
 from catmaps.training.objectives import FlowBatch, FlowObjective, Key, Weigh
 from catmaps.training.train import start, train
 
 PLAIN, SURGERY = "plain", "surgery"
 FLOORS = {"adaptive": 1e-6, "adaptive2": 1e-2}
-ARMS = (PLAIN, SURGERY, *FLOORS)
+ECLD, PUBLISHED = "ecld", "ecld42"
+ARMS = (PLAIN, SURGERY, *FLOORS, ECLD, PUBLISHED)
+BESIDE = {arm: ECLD if arm in (ECLD, PUBLISHED) else PLAIN for arm in ARMS}
+"""What an arm is compared with."""
 CALLS = (1, 4, 8)
 
 
@@ -113,6 +119,15 @@ def adaptive_psd(floor: float) -> losses.OffDiagonalLoss:
     return loss
 
 
+CORRECTED = losses._consistency
+
+
+def published(now: MovingReadout, target: Readout, factor: Tensor) -> Tensor:
+    """4 KL(target || mu) + 2 factor ||d/dt mu||^2: in place of the first term's 2."""
+    logits, _, _ = losses._moving(now)
+    return CORRECTED(now, target, factor) + 2 * losses._kl_to(target.logits().softmax(-1), logits)
+
+
 class Job(NamedTuple):
     arm: str
     seed: int
@@ -126,8 +141,11 @@ def fit(job: Job) -> None:
     training = replace(
         config.training, steps=job.steps, seed=job.seed, threads=1, compile=False, evaluate_every=0, save_every=10**6
     )
+    objective = replace(config.objective, loss="ecld" if BESIDE[job.arm] == ECLD else "psd")
+    config = replace(config, objective=objective)
     if not (job.out / "config.json").exists():
         start(replace(config, base=str(job.base), preset="gradients", training=training), job.out)
+    losses._consistency = published if job.arm == PUBLISHED else CORRECTED
     losses.OFF_DIAGONAL["psd"] = adaptive_psd(FLOORS[job.arm]) if job.arm in FLOORS else losses.psd
     module.FlowTrainModule = Surgeon if job.arm == SURGERY else WORK
     Surgeon.cosines = []
@@ -146,9 +164,9 @@ def measure(job: Job) -> dict[str, float]:
 
 
 def compared(rows: list[tuple[Job, dict[str, float]]], arm: str, name: str) -> tuple[float, float, float]:
-    """(mean, mean difference to the plain arm by seeds, its standard error)."""
+    """(mean, mean difference to its neighbour in `BESIDE` by seeds, its standard error)."""
     own = {job.seed: found[name] for job, found in rows if job.arm == arm}
-    beside = {job.seed: found[name] for job, found in rows if job.arm == PLAIN}
+    beside = {job.seed: found[name] for job, found in rows if job.arm == BESIDE[arm]}
     gaps = [own[seed] - beside[seed] for seed in own]
     error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
     return statistics.mean(own.values()), statistics.mean(gaps), error

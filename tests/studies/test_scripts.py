@@ -20,6 +20,7 @@ from catmaps.flow.objective import ObjectiveConfig
 from catmaps.flow.times import Pair, uniform, warp
 from catmaps.model import build_network, read_config
 from catmaps.network.denoiser import FlowNetwork, NetworkConfig, uniform_log_prior
+from catmaps.tiles import MovingReadout, Readout
 from catmaps.training.objectives import FlowObjective
 
 STUDIES = Path(__file__).parents[2] / "studies"
@@ -250,3 +251,16 @@ def test_the_entropy_of_a_source_is_that_of_its_texts(script: ModuleType) -> Non
     )
     error = (joint * (1 - joint) / len(texts)).sqrt()
     assert ((counts / len(texts) - joint).abs() < 5 * error + 1e-9).all()
+
+
+@of("gradients")
+def test_published_constants_weigh_the_divergence_twice(script: ModuleType) -> None:
+    """4 KL + 2 r where the corrected loss is 2 KL + 2 r: they agree where the map is its target."""
+    z, rate, other = (torch.randn(3, 4, 5, generator=seeded(i)) for i in range(3))
+    factor = torch.rand(3, 4, generator=seeded(4))
+    now = MovingReadout(Readout(z), Readout(rate))
+    kl = torch.nn.functional.kl_div(z.log_softmax(-1), other.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    corrected, published = (loss(now, Readout(other), factor) for loss in (script.CORRECTED, script.published))
+    assert torch.allclose(published - corrected, 2 * kl, atol=1e-5)
+    same = Readout(z)
+    assert torch.allclose(script.published(now, same, factor), script.CORRECTED(now, same, factor), atol=1e-5)
