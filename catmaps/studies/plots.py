@@ -10,7 +10,7 @@ import numpy as np
 from catmaps.evaluation.plots import COLOURS, INK, STYLE
 from catmaps.studies.measures import Curve
 from catmaps.studies.ranking import Row
-from catmaps.studies.sweeps import best_place, logarithmic, series_of
+from catmaps.studies.sweeps import best_place, comparable, logarithmic, series_of
 
 DPI = 110
 LINES = ("-", "--", ":", "-.")
@@ -73,17 +73,18 @@ def plot_bars(rows: Sequence[Row], name: str, file: Path) -> None:
 
 
 def plot_field(rows: Sequence[Row], field: str, name: str, file: Path) -> None:
-    """A figure over a field with standard errors, a line for every choice of the other fields, its best point marked;
-    log-log where the field's values are positive and span a factor of three."""
+    """A figure over a field with standard errors, a line for every choice of the other fields, the best of the
+    `comparable` points marked; log-log where the field's values are positive and span a factor of three."""
     series, better = series_of(rows, field), rows[0].better
     figure, axes = _figure()
     for i, (label, points) in enumerate(series.items()):
-        x, y, error = (np.array(column, dtype=float) for column in zip(*points, strict=True))
+        x, y, error = (np.array(column, dtype=float) for column in zip(*(point[:3] for point in points), strict=True))
         bars = {"yerr": np.nan_to_num(error), "capsize": 3, "marker": "o", "markersize": 4}
         axes.errorbar(x, y, **bars, **_look(i), label=label or None)
         if better != "neither":
-            best = best_place(points, better)
-            axes.plot(x[best], y[best], marker="o", markersize=9, fillstyle="none", color=COLOURS[i % len(COLOURS)])
+            full = comparable(points)
+            best = full[best_place(full, better)]
+            axes.plot(best.x, best.y, marker="o", markersize=9, fillstyle="none", color=COLOURS[i % len(COLOURS)])
     values = sorted({point.x for points in series.values() for point in points})
     heights = [point.y for points in series.values() for point in points]
     if logarithmic(values):

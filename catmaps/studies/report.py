@@ -26,7 +26,8 @@ LAW = (
     "C = 6 x parameters x tokens. Intervals are of 95%, from the scatter about the line."
 )
 BETWEEN = (
-    "Between: of the parabola through the best and its two neighbours, in the field's logarithm if that is its axis."
+    "Between: of the parabola through the best and its two neighbours, in the field's logarithm if that is its axis; "
+    "of a line's values those with most seeds."
 )
 Lines = dict[tuple[str, int], Line]
 
@@ -141,7 +142,7 @@ def _page(study: Study, lines: Lines, rankings: dict[str, list[Row]], plots: dic
     parts.append(_meaning(study))
     field = numeric_field(study.arms)
     if PER_PARAMETER not in study.budget and field is not None and (best := best_values(rankings[first], field)):
-        parts += [f"## Best {field}", _markdown(("arms", "best tried", "best between"), best), BETWEEN]
+        parts += [f"## Best {field}", _markdown(("arms", "best tried", "best between", "seeds"), best), BETWEEN]
     others = {name: rows for name, rows in rankings.items() if name != first}
     for measure in dict.fromkeys(name for line in lines.values() for name in line["measures"]):
         names = dict.fromkeys(name for line in lines.values() for name in _figures_of(line, measure) if name in others)

@@ -17,6 +17,7 @@ class Point(NamedTuple):
     y: float
     error: float
     """NaN: not known."""
+    seeds: int = 1
 
 
 def numeric_field(arms: Sequence[Arm]) -> str | None:
@@ -37,7 +38,8 @@ def series_of(rows: Sequence[Row], field: str) -> dict[str, list[Point]]:
     series: dict[str, list[Point]] = {}
     for row in rows:
         others = {name: value for name, value in row.arm.overrides.items() if name != field}
-        series.setdefault(spoken(others), []).append(Point(float(row.arm.overrides[field]), row.mean, row.error))
+        point = Point(float(row.arm.overrides[field]), row.mean, row.error, len(row.values))
+        series.setdefault(spoken(others), []).append(point)
     return {name: sorted(points) for name, points in series.items()}
 
 
@@ -49,6 +51,12 @@ def spoken(fields: Overrides) -> str:
 def logarithmic(values: Sequence[float]) -> bool:
     """Whether a field of these values is looked at in its logarithm."""
     return min(values) > 0 and max(values) / min(values) >= SPAN
+
+
+def comparable(points: Sequence[Point]) -> list[Point]:
+    """Those of most seeds: a mean over fewer is off by what those seeds have in common."""
+    most = max(point.seeds for point in points)
+    return [point for point in points if point.seeds == most]
 
 
 def best_place(points: Sequence[Point], better: str) -> int:
@@ -70,15 +78,17 @@ def between(points: Sequence[Point], better: str) -> float | None:
     return math.exp(vertex) if in_logs else vertex
 
 
-def best_values(rows: Sequence[Row], field: str) -> list[tuple[str, str, str]]:
-    """For every line over a field, of three points or more: its name, the best value tried, the best `between`."""
+def best_values(rows: Sequence[Row], field: str) -> list[tuple[str, str, str, str]]:
+    """For every line over a field, of three `comparable` points or more: its name, the best value tried, the best
+    `between`, and the number of seeds."""
     better, found = rows[0].better, []
     if better == "neither":
         return found
     for name, points in series_of(rows, field).items():
-        if len(points) < 3:
+        if len(points := comparable(points)) < 3:
             continue
         place = between(points, better)
-        tried = points[best_place(points, better)].x
-        found.append((name, f"{tried:g}", "at the edge of what was tried" if place is None else f"{place:.3g}"))
+        tried = points[best_place(points, better)]
+        best = "at the edge of what was tried" if place is None else f"{place:.3g}"
+        found.append((name, f"{tried.x:g}", best, str(tried.seeds)))
     return found

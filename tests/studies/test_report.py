@@ -55,7 +55,7 @@ def test_a_sweep_is_plotted_over_its_field_by_the_others(tmp_path: Path) -> None
         "width 16": list(RATES),
         "width 32": list(RATES),
     }
-    assert tuple(series["width 32"][0]) == pytest.approx((0.001, 2.1065, 0.0065))
+    assert tuple(series["width 32"][0]) == pytest.approx((0.001, 2.1065, 0.0065, 2))
 
 
 def test_a_field_that_is_not_everywhere_a_number_has_no_line(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from catmaps.studies.sweeps import Point, between
+from catmaps.studies.sweeps import Point, between, comparable
 
 
 def line(values: tuple[float, ...], best: float, sign: float = 1.0, logs: bool = True) -> list[Point]:
@@ -32,3 +32,12 @@ def test_nothing_is_claimed_beyond_what_was_tried() -> None:
     assert between(line(RATES, 0.001), "lower") is None
     assert between([Point(x, 1.0, 0.1) for x in RATES], "lower") is None  # level: the first is as good as any
     assert between([Point(2.0, 2.0, 0.1), Point(3.0, 1.0, 0.1), Point(4.0, 1.0, 0.1)], "lower") == pytest.approx(3.5)
+
+
+def test_means_over_fewer_seeds_do_not_compete() -> None:
+    points = line(RATES, 0.02)
+    lucky = Point(0.005, 2.0, 0.01)
+    three = [lucky, *(point._replace(seeds=3) for point in points[1:4]), points[4]]
+    assert comparable(three) == three[1:4]
+    assert between(comparable(three), "lower") == pytest.approx(0.02)
+    assert comparable(points) == points
