@@ -12,13 +12,12 @@ Arms: the adaptive warp, the warp alone, uniform t.
 import argparse
 import copy
 import math
-import statistics
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from common import in_parallel, record
+from common import in_parallel, paired, record
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -140,11 +139,10 @@ def main() -> None:
     options = parser.parse_args()
     jobs = [Job(arm, seed, options.steps, options.classes, options.size) for seed in options.seeds for arm in ARMS]
     found = dict(zip(jobs, in_parallel(gap, jobs, options.workers), strict=True))
-    of_arm = {arm: [row["gap"] for job, row in found.items() if job.arm == arm] for arm in ARMS}
+    of_arm = {arm: {job.seed: row["gap"] for job, row in found.items() if job.arm == arm} for arm in ARMS}
     for arm, gaps in of_arm.items():
-        beside = [one - other for one, other in zip(gaps, of_arm[ARMS[0]], strict=True)]
-        error = statistics.stdev(beside) / math.sqrt(len(beside)) if len(beside) > 1 else math.nan
-        print(f"{arm:9} gap {statistics.mean(gaps):.3f}  {statistics.mean(beside):+.3f} +- {error:.3f} nats/token")
+        mean, beside, error = paired(gaps, of_arm[ARMS[0]])
+        print(f"{arm:9} gap {mean:.3f}  {beside:+.3f} +- {error:.3f} nats/token")
     sources = {seed: Source.drawn(options.classes, options.size, seed) for seed in options.seeds}
     entropy = {seed: source.entropy(LENGTH) for seed, source in sources.items()}
     unigram = {seed: source.unigram_entropy for seed, source in sources.items()}

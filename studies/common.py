@@ -1,10 +1,12 @@
 """What all studies share: trainings in parallel one-core processes, and records that say where figures come from."""
 
 import json
+import math
+import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,6 +31,13 @@ def record(name: str, figures: dict[str, Any]) -> Path:
     file = RESULTS / f"{name}.json"
     file.write_text(json.dumps({**head, **figures}, indent=1) + "\n", encoding="utf-8")
     return file
+
+
+def paired(own: Mapping[int, float], beside: Mapping[int, float]) -> tuple[float, float, float]:
+    """Figures by seed beside another arm's: (mean, mean of the seeds' differences, its standard error)."""
+    gaps = [value - beside[seed] for seed, value in own.items()]
+    error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
+    return statistics.mean(own.values()), statistics.mean(gaps), error
 
 
 def _as_a_command() -> None:

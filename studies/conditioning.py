@@ -11,8 +11,6 @@ Arms, all with the same number of steps; parameters differ by a table in the las
 """
 
 import argparse
-import math
-import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import in_parallel, record
+from common import in_parallel, paired, record
 from torch import Tensor, nn
 
 import catmaps.model
@@ -157,9 +155,7 @@ def compared(rows: list[tuple[Job, dict[str, float]]], arm: str, name: str) -> t
     """(mean, mean difference to the plain arm by seeds, its standard error)."""
     own = {job.seed: found[name] for job, found in rows if job.arm == arm}
     beside = {job.seed: found[name if name in found else "nelbo"] for job, found in rows if job.arm == PLAIN}
-    gaps = [own[seed] - beside[seed] for seed in own]
-    error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
-    return statistics.mean(own.values()), statistics.mean(gaps), error
+    return paired(own, beside)
 
 
 def main() -> None:

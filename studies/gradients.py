@@ -15,14 +15,13 @@ Source: DFM, arXiv:2604.09784 (both remedies); Yu et al. 2020, arXiv:2001.06782 
 """
 
 import argparse
-import math
 import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import in_parallel, record
+from common import in_parallel, paired, record
 from jaxtyping import Float
 from torch import Tensor
 
@@ -167,9 +166,7 @@ def compared(rows: list[tuple[Job, dict[str, float]]], arm: str, name: str) -> t
     """(mean, mean difference to its neighbour in `BESIDE` by seeds, its standard error)."""
     own = {job.seed: found[name] for job, found in rows if job.arm == arm}
     beside = {job.seed: found[name] for job, found in rows if job.arm == BESIDE[arm]}
-    gaps = [own[seed] - beside[seed] for seed in own]
-    error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
-    return statistics.mean(own.values()), statistics.mean(gaps), error
+    return paired(own, beside)
 
 
 def main() -> None:

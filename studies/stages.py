@@ -12,15 +12,13 @@ With `--from RUN` the first four alone, all from that base.
 """
 
 import argparse
-import math
-import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import in_parallel, record
+from common import in_parallel, paired, record
 
 from catmaps.config import Config, OptimiserConfig, TrainingConfig
 from catmaps.evaluation.collect import read_metrics
@@ -105,9 +103,7 @@ def differences(rows: Sequence[dict[str, Any]], arm: str, figure: str) -> tuple[
     """(mean, mean difference to `frozen` by seeds, its standard error)."""
     values = {row["seed"]: row["figures"][figure] for row in rows if row["arm"] == arm}
     beside = {row["seed"]: row["figures"][figure] for row in rows if row["arm"] == "frozen"}
-    gaps = [values[seed] - beside[seed] for seed in values]
-    error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
-    return statistics.mean(values.values()), statistics.mean(gaps), error
+    return paired(values, beside)
 
 
 def main() -> None:
