@@ -5,7 +5,6 @@ Arms of PSD distillation:
   surgery    where the gradient of jumps and anchors opposes that of the diagonal, its component along the latter is
              taken off before both are added
   adaptive   a jump's loss at a position weighs (||target - mu||^2 + c)^-1/2, c = 1e-6, over its mean in the batch
-  adaptive2  the same with c = 0.01
 and of endpoint-consistency distillation (docs/maths.md (c2)):
   ecld       with the corrected constants 2 and 2
   ecld42     with the published ones, 4 and 2
@@ -39,12 +38,12 @@ from catmaps.training import module
 from catmaps.training.objectives import FlowBatch, FlowObjective, Key, Weigh
 from catmaps.training.train import start, train
 
-PLAIN, SURGERY = "plain", "surgery"
-FLOORS = {"adaptive": 1e-6, "adaptive2": 1e-2}
+PLAIN, SURGERY, ADAPTIVE = "plain", "surgery", "adaptive"
 ECLD, PUBLISHED = "ecld", "ecld42"
-ARMS = (PLAIN, SURGERY, *FLOORS, ECLD, PUBLISHED)
+ARMS = (PLAIN, SURGERY, ADAPTIVE, ECLD, PUBLISHED)
 BESIDE = {arm: ECLD if arm in (ECLD, PUBLISHED) else PLAIN for arm in ARMS}
 """What an arm is compared with."""
+FLOOR = 1e-6
 CALLS = (1, 4, 8)
 
 
@@ -145,7 +144,7 @@ def fit(job: Job) -> None:
     if not (job.out / "config.json").exists():
         start(replace(config, base=str(job.base), preset="gradients", training=training), job.out)
     losses._consistency = published if job.arm == PUBLISHED else CORRECTED
-    losses.OFF_DIAGONAL["psd"] = adaptive_psd(FLOORS[job.arm]) if job.arm in FLOORS else losses.psd
+    losses.OFF_DIAGONAL["psd"] = adaptive_psd(FLOOR) if job.arm == ADAPTIVE else losses.psd
     module.FlowTrainModule = Surgeon if job.arm == SURGERY else WORK
     Surgeon.cosines = []
     train(job.out)
