@@ -132,7 +132,7 @@ def config_of(job: Job) -> Config:
 
 
 def measure(job: Job) -> dict[str, float]:
-    catmaps.model.build_network = builder(job.arm)  # of this process, which trains and reads networks of one arm
+    catmaps.model.build_network = builder(job.arm)  # where training and reading look it up
     if not (job.out / "config.json").exists():
         start(config_of(job), job.out)
     train(job.out)
