@@ -14,6 +14,7 @@ Source: DFM, arXiv:2604.09784 (both remedies); Yu et al. 2020, arXiv:2001.06782 
 """
 
 import argparse
+import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from catmaps.model import load_run, read_config
 from catmaps.presets import distill_quickstart
 from catmaps.studies.measures import few_step, nelbo
 from catmaps.tiles import MovingReadout, Readout, Tile
-from catmaps.training import module
+from catmaps.training.module import FlowTrainModule
 from catmaps.training.objectives import FlowBatch, FlowObjective, Key, Weigh
 from catmaps.training.train import start, train
 
@@ -44,6 +45,8 @@ ARMS = (PLAIN, SURGERY, ADAPTIVE, ECLD, PUBLISHED)
 BESIDE = {arm: ECLD if arm in (ECLD, PUBLISHED) else PLAIN for arm in ARMS}
 """What an arm is compared with."""
 FLOOR = 1e-6
+COSINES = "cosines.json"
+"""In the folder of a run of surgery: those of its steps, as a list."""
 CALLS = (1, 4, 8)
 
 
@@ -54,7 +57,7 @@ def without_opposition(gradient: Float[Tensor, "n"], other: Float[Tensor, "n"]) 
     return (gradient - along / other.square().sum() * other if cosine < 0 else gradient), cosine
 
 
-WORK = module.FlowTrainModule
+TRAIN_BATCH = FlowTrainModule.train_batch
 
 
 class Part:
@@ -70,29 +73,27 @@ class Part:
         return batch
 
 
-class Surgeon(WORK):
-    """Two backward passes a step, whose gradients do not oppose each other once they are added."""
+cosines: list[float] = []  # of the process, which trains one arm at a time
 
-    cosines: list[float] = []  # of the process, which trains one arm at a time
 
-    def train_batch(self, batch: dict[str, Any], dry_run: bool = False) -> None:
-        """As the trainer's, twice."""
-        whole = self.objective
-        assert isinstance(whole, FlowObjective)
-        weights = [p for p in self.network.parameters() if p.requires_grad]
-        parts: list[Tensor] = []
-        for diagonal in (True, False):
-            self.zero_grads()
-            self.objective = Part(whole, diagonal)  # pyright: ignore[reportAttributeAccessIssue]
-            super().train_batch(batch, dry_run)
-            parts.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in weights]))
-        self.objective = whole
-        if dry_run:
-            return
-        jumps, cosine = without_opposition(parts[1], parts[0])
-        Surgeon.cosines.append(cosine)
-        for p, part in zip(weights, (parts[0] + jumps).split([p.numel() for p in weights]), strict=True):
-            p.grad = part.view_as(p)
+def operated_batch(self: FlowTrainModule, batch: dict[str, Any], dry_run: bool = False) -> None:
+    """The trainer's work on a batch in two backward passes, whose gradients are added without opposition."""
+    whole = self.objective
+    assert isinstance(whole, FlowObjective)
+    weights = [p for p in self.network.parameters() if p.requires_grad]
+    parts: list[Tensor] = []
+    for diagonal in (True, False):
+        self.zero_grads()
+        self.objective = Part(whole, diagonal)  # pyright: ignore[reportAttributeAccessIssue]
+        TRAIN_BATCH(self, batch, dry_run)
+        parts.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in weights]))
+    self.objective = whole
+    if dry_run:
+        return
+    jumps, cosine = without_opposition(parts[1], parts[0])
+    cosines.append(cosine)
+    for p, part in zip(weights, (parts[0] + jumps).split([p.numel() for p in weights]), strict=True):
+        p.grad = part.view_as(p)
 
 
 def adaptive_psd(floor: float) -> losses.OffDiagonalLoss:
@@ -145,9 +146,11 @@ def fit(job: Job) -> None:
         start(replace(config, base=str(job.base), preset="gradients", training=training), job.out)
     losses._consistency = published if job.arm == PUBLISHED else CORRECTED
     losses.OFF_DIAGONAL["psd"] = adaptive_psd(FLOOR) if job.arm == ADAPTIVE else losses.psd
-    module.FlowTrainModule = Surgeon if job.arm == SURGERY else WORK
-    Surgeon.cosines = []
+    FlowTrainModule.train_batch = operated_batch if job.arm == SURGERY else TRAIN_BATCH
+    cosines.clear()
     train(job.out)
+    if cosines:
+        (job.out / COSINES).write_text(json.dumps(cosines), encoding="utf-8")
 
 
 def measure(job: Job) -> dict[str, float]:
@@ -155,9 +158,9 @@ def measure(job: Job) -> dict[str, float]:
     run = load_run(job.out)
     figures = nelbo(run, seed=0).figures | few_step(run, seed=job.seed, calls=CALLS, samples=512).figures
     found = {name: figure.value for name, figure in figures.items()}
-    if Surgeon.cosines:
-        cosines = torch.tensor(Surgeon.cosines)
-        found |= {"opposed": (cosines < 0).float().mean().item(), "cosine": cosines.mean().item()}
+    if (file := job.out / COSINES).exists():
+        each = torch.tensor(json.loads(file.read_text(encoding="utf-8")))
+        found |= {"opposed": (each < 0).float().mean().item(), "cosine": each.mean().item()}
     return found
 
 
@@ -188,7 +191,7 @@ def main() -> None:
             mean, gap, error = compared(rows, arm, name)
             print(f"{arm:10} {name:18} {mean:.3f}  {gap:+.3f} +- {error:.3f}")
     for name in ("opposed", "cosine"):
-        print(f"{name} {statistics.mean(found[name] for job, found in rows if job.arm == SURGERY):.3f}")
+        print(f"{name} {statistics.mean(found[name] for _, found in rows if name in found):.3f}")
     recorded = [{"arm": job.arm, "seed": job.seed, "figures": found} for job, found in rows]
     print(record("gradients", {"steps": options.steps, "rows": recorded}))
 
