@@ -1,7 +1,5 @@
 """`catmaps frontier`."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +50,7 @@ class Frontier:
 
         from rich.console import Console
 
+        from catmaps.commands.progress import progress
         from catmaps.errors import UserError
         from catmaps.evaluation.frontier import control_tasks, run_tasks, trace
         from catmaps.evaluation.frontier_plot import write_plot
@@ -75,7 +74,9 @@ class Frontier:
         if base is not None:
             tasks += run_tasks(setting, base, names[1], ways(base, self.base_steps, self.batch), temperatures)
         with progress(len(tasks)) as report:
-            rows = trace(tasks, setting, out / "frontier.csv", report=report)
+            rows = trace(
+                tasks, setting, out / "frontier.csv", report=lambda name, new: report(name if new else f"{name} (kept)")
+            )
         real = next(row for row in rows if row.series == HELDOUT)
         at_entropy = matched(rows, real.entropy)
         write_plot(out / "frontier.png", rows, f"{' and '.join(names)}: quality against diversity over temperature")
@@ -149,28 +150,6 @@ def distinct_names(folders: list[Path]) -> list[str]:
     """The folders' own names, or their whole paths if those are the same."""
     short = [folder.resolve().name for folder in folders]
     return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
-
-
-@contextmanager
-def progress(rows: int) -> Iterator[Callable[[str, bool], None]]:
-    """A bar of rows on stderr; yields what is called after each."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("rows"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=rows)
-
-        def report(name: str, new: bool) -> None:
-            bar.update(task, advance=1, description=f"{name}{'' if new else ' (kept)'}")
-
-        yield report
 
 
 def table(rows: Any) -> Any:

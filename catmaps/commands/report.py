@@ -36,8 +36,9 @@ class Report:
 
         from rich.console import Console
 
+        from catmaps.commands.progress import progress
         from catmaps.errors import UserError
-        from catmaps.evaluation.collect import collect
+        from catmaps.evaluation.collect import collect, report_rows, row_name
         from catmaps.evaluation.report import write_report
         from catmaps.model import load_run
         from catmaps.models import is_packaged, located
@@ -51,10 +52,11 @@ class Report:
         base = load_run(origin) if origin is not None and there else None
         shards = find_shards(run.config)
         counts = {"num": self.num, "num_texts": self.texts, "windows": self.windows, "calls": self.calls}
-        data, bound = collect(run, base, shards, cache_folder(), **counts)
+        with progress(len(report_rows(run, base, self.calls))) as drawn_row:
+            data, bound = collect(run, base, shards, cache_folder(), drawn_row=drawn_row, **counts)
         out = self.out or (Path() if is_packaged(run.path) else run.path) / "report.html"
         write_report(out, data)
-        rows = {f"{row.series}, {row.calls} calls": row.quality for row in data.rows}
+        rows = {row_name(row.series, row.calls): row.quality for row in data.rows}
         # The console is made here: stdout may be redirected while the command runs.
         Console().print(_summary({**rows, **data.controls}))
         per_char = bound.nats / math.log(2) / bound.characters

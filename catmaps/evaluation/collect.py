@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -139,6 +140,25 @@ def apart(run: Run, judge: Judge, num: int) -> Judge:
     return evenly(judge, (), round(SHARE * num * judge_length(run, judge)))
 
 
+EULER = "base, Euler"
+
+
+def series(run: Run) -> str:
+    """What a report calls the rows of a run."""
+    return run.kind if run.baseline is not None else "map" if run.is_map else EULER
+
+
+def row_name(series: str, calls: int) -> str:
+    """The name of a row of samples."""
+    return f"{series}, {calls} calls"
+
+
+def report_rows(run: Run, base: Run | None, calls: tuple[int, ...]) -> list[tuple[str, Run, int]]:
+    """The rows of samples of a report: series, whose they are, and calls, as near to `calls` as its sampler comes."""
+    runs = [(series(run), run)] + ([] if base is None else [(EULER, base)])
+    return [(name, one, n) for name, one in runs for n in dict.fromkeys(default_sampling(one, n).calls for n in calls)]
+
+
 def collect(
     run: Run,
     base: Run | None,
@@ -149,6 +169,7 @@ def collect(
     num_texts: int,
     windows: int,
     calls: tuple[int, ...],
+    drawn_row: Callable[[str], None] = lambda name: None,
 ) -> tuple[ReportData, Score]:
     """Everything for a report of a run and, beside a map, of its base.
 
@@ -161,14 +182,13 @@ def collect(
         num_texts: Long texts per row.
         windows: Windows of test text for the bound.
         calls: Numbers of network calls.
+        drawn_row: Told the name of each row of samples once it is drawn, which takes nearly all of the time.
     """
     judge, rng = build_judge(shards, run.tokenizer, cache), np.random.default_rng(0)
-    length, drawn = judge_length(run, judge), {}
-    own = run.kind if run.baseline is not None else "map" if run.is_map else "base, Euler"
-    for one, name in ((run, own), (base, "base, Euler")):
-        for n in dict.fromkeys(default_sampling(one, n).calls for n in calls) if one is not None else ():
-            assert one is not None
-            drawn[name, n] = draw(one, judge, n, num, num_texts=num_texts)
+    length, drawn, own = judge_length(run, judge), {}, series(run)
+    for name, one, n in report_rows(run, base, calls):
+        drawn[name, n] = draw(one, judge, n, num, num_texts=num_texts)
+        drawn_row(row_name(name, n))
     judge = evenly(judge, (samples for samples, _ in drawn.values()), num * length)
     rows = [CallsRow(name, n, quality(samples, judge, texts)) for (name, n), (samples, texts) in drawn.items()]
     metrics, bound = read_metrics(run), heldout_score(run, shards, windows)

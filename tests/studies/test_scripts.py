@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import seeded
+from tiny_runs import distilled, state, tiny, trained
 
 from catmaps.config import Config
 from catmaps.flow.flow_map import FlowMap
@@ -21,6 +22,7 @@ from catmaps.flow.times import Pair, uniform, warp
 from catmaps.model import build_network, read_config
 from catmaps.network.denoiser import FlowNetwork, NetworkConfig, uniform_log_prior
 from catmaps.tiles import MovingReadout, Readout
+from catmaps.training.module import FlowTrainModule
 from catmaps.training.objectives import FlowObjective
 
 STUDIES = Path(__file__).parents[2] / "studies"
@@ -232,6 +234,24 @@ def test_the_parts_of_an_objective_add_up(script: ModuleType) -> None:
     for a, (b, c) in zip(gradients(whole), sums, strict=True):
         assert torch.allclose(a, b + c, atol=1e-6)
         assert not torch.equal(a, b) or not a.any()
+
+
+@of("gradients")
+def test_two_passes_train_as_one_where_nothing_opposes(
+    script: ModuleType, base_run: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = distilled(base_run, tiny(shards, steps=4))
+    plain = state(trained(config, tmp_path / "plain"), 4)
+    monkeypatch.setattr(FlowTrainModule, "train_batch", script.operated_batch)
+    monkeypatch.setattr(script, "without_opposition", lambda gradient, other: (gradient, 1.0))
+    whole = state(trained(config, tmp_path / "parts"), 4)
+    assert all(torch.allclose(plain[name], tensor, atol=1e-6) for name, tensor in whole.items())
+    monkeypatch.undo()
+    monkeypatch.setattr(FlowTrainModule, "train_batch", script.operated_batch)
+    cut = state(trained(config, tmp_path / "cut"), 4)
+    assert not all(torch.allclose(plain[name], tensor, atol=1e-6) for name, tensor in cut.items())
+    assert len(script.cosines) == 8
+    assert min(script.cosines[4:]) < 0
 
 
 @of("clock_source")
