@@ -18,7 +18,7 @@ from catmaps.flow.flow_map import FlowMap
 from catmaps.flow.interpolant import interpolate
 from catmaps.flow.losses import psd
 from catmaps.flow.objective import ObjectiveConfig
-from catmaps.flow.times import Pair, uniform, warp
+from catmaps.flow.times import Law, Pair, uniform, warp
 from catmaps.model import build_network, read_config
 from catmaps.network.denoiser import FlowNetwork, NetworkConfig, uniform_log_prior
 from catmaps.tiles import MovingReadout, Readout
@@ -234,6 +234,17 @@ def test_the_parts_of_an_objective_add_up(script: ModuleType) -> None:
     for a, (b, c) in zip(gradients(whole), sums, strict=True):
         assert torch.allclose(a, b + c, atol=1e-6)
         assert not torch.equal(a, b) or not a.any()
+
+
+@of("clock_width")
+def test_laws_lie_apart_by_closed_forms(script: ModuleType) -> None:
+    """p(t) = 2t beside uniform t: half of int |2t - 1| dt = 1/4, and int 4t^2 dt - 1 = 1/3."""
+    rising = Law.from_cdf(torch.square)
+    moved, variance = script.apart(rising, uniform())
+    assert (moved, variance) == pytest.approx((1 / 4, 1 / 3), rel=1e-4)
+    assert script.apart(rising, rising) == pytest.approx((0, 0), abs=1e-9)
+    pairs = script.mean_apart([uniform(), rising], [uniform(), rising])  # 1 beside 1 as well
+    assert pairs.moved == pytest.approx((1 / 4 + 1 / 4 + 0) / 3, rel=1e-4)
 
 
 @of("gradients")
