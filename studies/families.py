@@ -9,7 +9,7 @@ import argparse
 import json
 import math
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,7 +134,8 @@ def one(job: Job) -> dict[str, Any]:
         compile_blocks(run.network) if job.compile else None
     for calls in dict.fromkeys(default_sampling(run, n).calls for n in job.calls):
         if f"quality {calls} {job.texts}" not in known:
-            figures, texts = measure(run, judge, calls, job.texts, seed=job.arm.seed)
+            sampling = replace(default_sampling(run, calls), seed=job.arm.seed)
+            figures, texts = measure(run, judge, sampling, job.texts)
             keep(f"quality {calls} {job.texts}", {"calls": calls, **asdict(figures), "example": texts[0]})
     metrics = read_metrics(run)
     qualities = [known[key] for key in known if key.startswith("quality") and key.endswith(f" {job.texts}")]

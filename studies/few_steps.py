@@ -34,6 +34,7 @@ from catmaps.evaluation.quality import (
     quality_table,
     verdict,
 )
+from catmaps.flow.samplers import few_step_variance
 from catmaps.generation import SamplingConfig, generate_texts
 from catmaps.model import Run, compile_blocks, load_run
 from catmaps.training.train import cache_folder, find_shards
@@ -49,12 +50,14 @@ class Job(NamedTuple):
     num_texts: int
     seed: int = 0
     temperature: float = 1.0
+    noise: float | None = None
     draws: Path | None = None
 
     @property
     def kept(self) -> Path | None:
         """Where its texts are kept."""
-        name = f"{self.run.name}-{self.sampler}-{self.steps}-{self.temperature}-{self.num}-{self.num_texts}-{self.seed}"
+        how = f"{self.sampler}{'' if self.noise is None else self.noise}-{self.steps}-{self.temperature}"
+        name = f"{self.run.name}-{how}-{self.num}-{self.num_texts}-{self.seed}"
         return None if self.draws is None else self.draws / f"{name}.json"
 
 
@@ -79,7 +82,8 @@ def draw(job: Job) -> tuple[list[str], list[str]]:
 
 def _draw(job: Job) -> tuple[list[str], list[str]]:
     run = _ready(job.run)
-    config = SamplingConfig(steps=job.steps, sampler=job.sampler, seed=job.seed, batch=128, temperature=job.temperature)
+    how = {"steps": job.steps, "sampler": job.sampler, "temperature": job.temperature, "noise": job.noise}
+    config = SamplingConfig(**how, seed=job.seed, batch=128)
     judge = build_judge(find_shards(run.config), run.tokenizer, cache_folder())
     return generate_texts(run, job.num, config), long_texts(run, judge, config, job.num_texts)
 
@@ -125,6 +129,7 @@ def main() -> None:
     parser.add_argument("base", type=Path)
     parser.add_argument("--characters", type=int, default=1_000_000, help="of samples per row")
     parser.add_argument("--texts", type=int, default=128, help="long texts per row")
+    parser.add_argument("--base-texts", type=int, help="of the base; without it as many")
     parser.add_argument("--workers", type=int, default=2, help="one-core processes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--base-steps", type=int, nargs="+", default=[4, 64], help="the last is the map's measure")
@@ -138,15 +143,17 @@ def main() -> None:
     judge = build_judge(find_shards(run.config), run.tokenizer, cache_folder())
     length = judge_length(run, judge)
     num = math.ceil(options.characters / length / options.workers) * options.workers
-    draws = [
-        *((f"map, {n} calls", options.map, n, "renoise", 1.0) for n in (1, 2, 4, 8)),
-        *((f"map, {n} calls at temperature 0.8", options.map, n, "renoise", 0.8) for n in (1, 4)),
-        ("map, 4 calls of flow_map", options.map, 4, "flow_map", 1.0),
-        *((f"base, {n} Euler steps", options.base, n, "euler", 1.0) for n in options.base_steps),
-    ]
+    common = {"num": num, "num_texts": options.texts, "seed": options.seed, "draws": options.draws}
+    own = Job(options.map, 4, "renoise", **common, noise=few_step_variance(4))
+    base_job = own._replace(
+        run=options.base, sampler="euler", noise=None, num_texts=options.base_texts or options.texts
+    )
     jobs = {
-        name: Job(run, n, sampler, num, options.texts, options.seed, temperature, options.draws)
-        for name, run, n, sampler, temperature in draws
+        **{f"map, {n} calls": own._replace(steps=n, noise=few_step_variance(n)) for n in (1, 2, 4, 8)},
+        **{f"map, {n} calls at temperature 0.8": own._replace(steps=n, temperature=0.8) for n in (1, 4)},
+        "map, 4 calls with all of the noise": own._replace(noise=1.0),
+        "map, 4 calls of flow_map": own._replace(sampler="flow_map", noise=None),
+        **{f"base, {n} Euler steps": base_job._replace(steps=n) for n in options.base_steps},
     }
     drawn = drawn_rows(jobs, options.workers)
     if options.only_draw:
@@ -162,7 +169,7 @@ def main() -> None:
         most = 1.15 if name.startswith("map, 1 calls") else 1.0
         bars = Bars(forward=most, reverse=most, diversity=0.01)
         verdicts[name] = verdict(row, base, reference, bars)
-        print(f"{name:32} {'passes' if verdicts[name].passed else 'fails'}  {verdicts[name]}")
+        print(f"{name:36} {'passes' if verdicts[name].passed else 'fails'}  {verdicts[name]}")
     figures = {
         "rows": {name: asdict(row) for name, row in everything.items()},
         "verdicts": {name: asdict(v) | {"passed": v.passed} for name, v in verdicts.items()},
@@ -173,7 +180,7 @@ def main() -> None:
         sets[HELDOUT] = draw_chunks(judge.drawn, length, num, rng)
         found = causal_bits({name: some[: options.judge_texts] for name, some in sets.items()}, options.judge)
         for name, row in found.items():
-            print(f"{name:32} {row}")
+            print(f"{name:36} {row}")
         figures["judged"] = {name: row.as_dict() for name, row in found.items()}
     print(record(options.name, figures))
 

@@ -14,6 +14,7 @@ from catmaps.flow.samplers import SAMPLERS
 from catmaps.generation import SamplingConfig, continue_tokens, default_sampling, extend, generate, generate_texts
 from catmaps.model import Run, load_run
 from catmaps.network.denoiser import FlowNetwork
+from catmaps.network.published import PublishedConfig
 
 CONFIG = SamplingConfig(steps=3, batch=4, seed=5)
 
@@ -140,6 +141,19 @@ def test_temperature_scales_the_variance_of_the_first_noise(map_: Run) -> None:
     torch.testing.assert_close(seen[1], seen[0] / 2)
 
 
+def test_a_map_renoises_with_half_of_the_noise(map_: Run) -> None:
+    plain = SamplingConfig(steps=3, seed=5)
+    assert [replace(plain, steps=n).variance(map_) for n in (1, 3, 4, 8, 64)] == [0.5, 0.5, 0.5, 0.75, 1 - 1 / 32]
+    texts = generate_texts(map_, 4, plain)
+    assert texts == generate_texts(map_, 4, replace(plain, noise=0.5))
+    assert texts != generate_texts(map_, 4, replace(plain, noise=1.0))
+    assert SamplingConfig(sampler="flow_map").variance(map_) is None
+    published = replace(
+        map_, config=replace(map_.config, published=PublishedConfig(kind="flm", embedding="plain", arrival=True))
+    )
+    assert plain.variance(published) == 1.0  # as their own sampler has it
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -147,6 +161,8 @@ def test_temperature_scales_the_variance_of_the_first_noise(map_: Run) -> None:
         ({"steps": 0}, "at least 1"),
         ({"batch": 0}, "at least 1"),
         ({"temperature": 0.0}, "above 0"),
+        ({"noise": -0.1}, "noise is a variance, at least 0"),
+        ({"noise": 0.5, "sampler": "flow_map"}, "for the sampler renoise, not flow_map"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(change: dict[str, int | str | float], message: str) -> None:

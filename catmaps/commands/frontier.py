@@ -29,6 +29,8 @@ class Frontier:
     """Numbers of steps; default: 1 2 4 8 for a map, 64 for any other run."""
     sampler: Literal["flow_map", "euler", "heun", "renoise", "localisation"] | None = None
     """Default: the run's own, as in `catmaps sample`."""
+    noise: float | None = None
+    """Variance of the noise that renoise adds, as in `catmaps sample`."""
     base_steps: tuple[int, ...] = (64,)
     """Numbers of steps of --base."""
     num: int = 256
@@ -70,7 +72,7 @@ class Frontier:
         temperatures = sorted(set(self.temperatures))
         tasks = control_tasks(setting)
         steps = self.steps or ((1, 2, 4, 8) if run.is_map else (64,))
-        tasks += run_tasks(setting, run, names[0], ways(run, steps, self.batch, self.sampler), temperatures)
+        tasks += run_tasks(setting, run, names[0], ways(run, steps, self.batch, self.sampler, self.noise), temperatures)
         if base is not None:
             tasks += run_tasks(setting, base, names[1], ways(base, self.base_steps, self.batch), temperatures)
         with progress(len(tasks)) as report:
@@ -135,14 +137,16 @@ def make_setting(command: Frontier, run: Any, base: Any) -> Any:
     )
 
 
-def ways(run: Any, steps: tuple[int, ...], batch: int, sampler: str | None = None) -> list[Any]:
-    """The run's own way of sampling, or another sampler, at each number of steps."""
+def ways(
+    run: Any, steps: tuple[int, ...], batch: int, sampler: str | None = None, noise: float | None = None
+) -> list[Any]:
+    """The run's own way of sampling, or another sampler or noise, at each number of steps."""
     from dataclasses import replace
 
     from catmaps.generation import default_sampling
 
     own = [replace(default_sampling(run, n), batch=batch) for n in steps]
-    named = own if sampler is None else [replace(one, sampler=sampler) for one in own]
+    named = [replace(one, sampler=sampler or one.sampler, noise=noise) for one in own]
     return list({way.steps: way for way in named}.values())  # an autoregressive run knows one number of steps
 
 

@@ -33,6 +33,9 @@ class Sample:
     sampler: Literal["flow_map", "euler", "heun", "renoise", "localisation"] | None = None
     temperature: float = 1.0
     """Divides the logits and multiplies the variance of the first noise: below 1 is cleaner and less diverse."""
+    noise: float | None = None
+    """Variance of the noise that renoise adds, 1 being the path's: below, texts are likelier and in the end less
+    diverse. Default: 0.5, in N > 4 steps 1 - 2 / N; 1 for imported maps."""
     length: int | None = None
     """Tokens per text; default: as in training."""
     prompt: str | None = None
@@ -76,6 +79,7 @@ class Sample:
             "network_calls": config.calls,
             "seed": self.seed,
             "temperature": self.temperature,
+            "noise": config.variance(run),
             "top_p": self.top_p,
             "guidance": self.guidance,
             "weak": None if self.weak is None else str(self.weak),
@@ -117,6 +121,8 @@ class Sample:
         config = default_sampling(run, self.steps)
         if self.sampler is not None:
             config = replace(config, sampler=self.sampler)
+        if self.noise is not None:
+            config = replace(config, noise=self.noise)
         weak = None if self.weak is None else load_run(self.weak)
         if weak is not None and weak.tokenizer.token_strings() != run.tokenizer.token_strings():
             raise UserError(f"--weak {self.weak} has another alphabet ({weak.tokenizer.name}) than {self.run_}")

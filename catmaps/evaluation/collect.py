@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -109,21 +109,10 @@ def long_texts(run: Run, judge: Judge, config: SamplingConfig, num: int) -> list
     return [text[:wanted] for text in texts]
 
 
-def measure(
-    run: Run, judge: Judge, calls: int, num: int, seed: int = 0, num_texts: int | None = None
-) -> tuple[Quality, list[str]]:
-    """Samples at a number of calls by the run's own sampler, and their quality."""
-    samples, texts = draw(run, judge, calls, num, seed, num_texts)
-    return quality(samples, judge, texts), samples
-
-
-def draw(
-    run: Run, judge: Judge, calls: int, num: int, seed: int = 0, num_texts: int | None = None
-) -> tuple[list[str], list[str] | None]:
-    """Samples at a number of calls by the run's own sampler, and long texts if these are asked for."""
-    sampling = replace(default_sampling(run, calls), seed=seed)
-    texts = None if num_texts is None else long_texts(run, judge, sampling, num_texts)
-    return generate_texts(run, num, sampling), texts
+def measure(run: Run, judge: Judge, sampling: SamplingConfig, num: int) -> tuple[Quality, list[str]]:
+    """The quality of samples, and these."""
+    samples = generate_texts(run, num, sampling)
+    return quality(samples, judge), samples
 
 
 SHARE = 0.75  # samples of one call have had 0.80 of the characters of real texts
@@ -187,7 +176,8 @@ def collect(
     judge, rng = build_judge(shards, run.tokenizer, cache), np.random.default_rng(0)
     length, drawn, own = judge_length(run, judge), {}, series(run)
     for name, one, n in report_rows(run, base, calls):
-        drawn[name, n] = draw(one, judge, n, num, num_texts=num_texts)
+        sampling = default_sampling(one, n)
+        drawn[name, n] = generate_texts(one, num, sampling), long_texts(one, judge, sampling, num_texts)
         drawn_row(row_name(name, n))
     judge = evenly(judge, (samples for samples, _ in drawn.values()), num * length)
     rows = [CallsRow(name, n, quality(samples, judge, texts)) for (name, n), (samples, texts) in drawn.items()]

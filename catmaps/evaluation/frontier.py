@@ -151,7 +151,7 @@ def run_tasks(
         for temperature in temperatures:
             config = replace(way, temperature=temperature, seed=setting.seed)
             made = {"weights": weights, "sampler": way.sampler, "steps": way.steps, "batch": way.batch}
-            key = replace(setting.key(name), **made, temperature=temperature)
+            key = replace(setting.key(name), **made, temperature=temperature, noise=way.variance(run))
             tasks.append(Task(key, config.calls, lambda config=config: draw(config)))
     return tasks
 

@@ -221,20 +221,25 @@ def move(state: AnyState, endpoint: Float[Tensor, "b l v"] | Source, scale: Floa
 
 
 @overload
-def renoise(state: State, t: Tensor, t_new: Tensor, noise: Tensor | Noise) -> State: ...
+def renoise(state: State, t: Tensor, t_new: Tensor, noise: Tensor | Noise, variance: float = 1.0) -> State: ...
 @overload
-def renoise(state: AnyState, t: Tensor, t_new: Tensor, noise: Tensor | Noise) -> AnyState: ...
+def renoise(state: AnyState, t: Tensor, t_new: Tensor, noise: Tensor | Noise, variance: float = 1.0) -> AnyState: ...
 def renoise(
-    state: AnyState, t: Float[Tensor, "b #l"], t_new: Float[Tensor, "b #l"], noise: Float[Tensor, "b l v"] | Noise
+    state: AnyState,
+    t: Float[Tensor, "b #l"],
+    t_new: Float[Tensor, "b #l"],
+    noise: Float[Tensor, "b l v"] | Noise,
+    variance: float = 1.0,
 ) -> AnyState:
     """Carries a state back from time t to an earlier t_new by adding fresh noise; its marginal law stays the path's.
 
-    x_{t'} = (t'/t) x_t + sqrt((1 - t')^2 - (t'/t)^2 (1 - t)^2) noise; positions with t_new = t do not change.
+    x_{t'} = (t'/t) x_t + sqrt((1 - t')^2 - (t'/t)^2 (1 - t)^2) noise; positions with t_new = t do not change. Another
+    `variance` than 1 multiplies that of the noise, and leaves the path.
 
     Source: docs/maths.md eq. (13).
     """
     ratio = torch.where(t > 0, t_new / torch.where(t > 0, t, torch.ones_like(t)), torch.ones_like(t))
-    deviation = ((1 - t_new).square() - (ratio * (1 - t)).square()).clamp_min(0).sqrt()
+    deviation = (variance * ((1 - t_new).square() - (ratio * (1 - t)).square()).clamp_min(0)).sqrt()
     return combine(state, ratio, (deviation, noise))
 
 

@@ -8,7 +8,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -92,8 +92,13 @@ def given(run: Run, *, seed: int, windows: int = 256, samples: int = 16) -> Meas
     return Measured(figures)
 
 
-def few_step(run: Run, *, seed: int, calls: tuple[int, ...] = (1, 2, 4, 8), samples: int = 256) -> Measured:
+def few_step(
+    run: Run, *, seed: int, calls: tuple[int, ...] = (1, 2, 4, 8), samples: int = 256, noise: float = 1.0
+) -> Measured:
     """Samples in few calls: forward and reverse bits, token entropy, distinct-2 (docs/log.md).
+
+    Maps renoise by eq. (13), not with less of its noise as `catmaps sample` does, unless `noise` says so: figures of a
+    study compare with those that it has.
 
     The latter two have no better direction: they belong beside held-out text. Families that make one call per token
     have figures at that number alone.
@@ -106,7 +111,9 @@ def few_step(run: Run, *, seed: int, calls: tuple[int, ...] = (1, 2, 4, 8), samp
     figures: dict[str, Figure] = {}
     forward, reverse = (Curve("network calls", f"{way} bits per character", []) for way in ("forward", "reverse"))
     for n in dict.fromkeys(default_sampling(run, n).calls for n in calls):
-        row, _ = sample_quality(run, judge, n, samples, seed=seed)
+        sampling = replace(default_sampling(run, n), seed=seed)
+        sampling = replace(sampling, noise=noise) if sampling.sampler == "renoise" else sampling
+        row, _ = sample_quality(run, judge, sampling, samples)
         figures |= {
             f"forward bits @{n}": Figure(row.forward_bits, row.forward_stderr),
             f"reverse bits @{n}": Figure(row.reverse_bits),

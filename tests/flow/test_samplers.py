@@ -21,7 +21,15 @@ from torch import Tensor
 from catmaps.flow.flow_map import FlowMap
 from catmaps.flow.interpolant import State, clamp_known, gaussian, renoise
 from catmaps.flow.noise import RowStreams
-from catmaps.flow.samplers import SAMPLERS, categorical, flow_map_step, localisation, renoise_step, sample
+from catmaps.flow.samplers import (
+    SAMPLERS,
+    categorical,
+    flow_map_step,
+    localisation,
+    renoise_step,
+    renoising,
+    sample,
+)
 from catmaps.flow.times import grid, uniform, warp
 
 JOINT = random_joint(3, 2, seed=1, spread=1.2)
@@ -93,6 +101,22 @@ def test_renoise_step_keeps_the_marginal() -> None:
     moved, _ = renoise_step(EXACT, state, *times_like(state, 0.2, 0.6), seeded(6))
     assert isinstance(moved, State)
     check_path_moments(moved, 0.6)
+
+
+def test_less_noise_is_that_share_of_the_variance() -> None:
+    """x_t = t mu + sqrt(v) (1 - t) noise, of the same draws whatever v is."""
+    state, t = path_state(JOINT, 8, 0.2, seed=5), 0.6
+    steps = [renoising(v)(EXACT, state, *times_like(state, 0.2, t), seeded(6)) for v in (0.0, 0.25, 1.0)]
+    none, quarter, whole = (step[0].x for step in steps)
+    torch.testing.assert_close(none, t * EXACT.endpoint(state, *times_like(state, 0.2, 1.0)))
+    torch.testing.assert_close(quarter - none, (whole - none) / 2)
+    noise = (whole - none) / (1 - t)
+    assert noise.std().item() == pytest.approx(1, abs=0.3)
+    known = torch.tensor([[True, False]] * 8)
+    before, after = (torch.where(known, 1.0, time) for time in (0.2, t))
+    clean = clamp_known(state, torch.ones(8, 2, dtype=torch.long), known)
+    moved, _ = renoising(0.25)(EXACT, clean, before, after, seeded(6))
+    torch.testing.assert_close(moved.x[:, 0], clean.x[:, 0])
 
 
 def test_localisation_keeps_the_marginal_on_the_way() -> None:
