@@ -48,8 +48,10 @@ class SamplingConfig:
             raise UserError(f"no sampler {self.sampler}; there are {', '.join(SAMPLERS)}")
         if self.steps < 1 or self.batch < 1 or self.temperature <= 0:
             raise UserError("steps and batch must be at least 1, temperature above 0")
-        if self.noise is not None and (self.noise < 0 or self.sampler != "renoise"):
-            raise UserError(f"noise is a variance, at least 0, and for the sampler renoise, not {self.sampler}")
+        if self.noise is not None and self.sampler != "renoise":
+            raise UserError(f"noise is for the sampler renoise, not {self.sampler}")
+        if self.noise is not None and self.noise < 0:
+            raise UserError(f"noise is a variance, at least 0, not {self.noise:g}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top-p is a share of the mass, above 0 and at most 1, not {self.top_p}")
 

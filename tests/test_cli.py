@@ -202,6 +202,13 @@ def test_sample(capsys: pytest.CaptureFixture[str], map_run: Path) -> None:
     assert [len(text) for text in said["texts"]] == [16] * 3
     again = answer(capsys, "sample", map_run, "--num", 3, "--steps", 2, "--seed", 7)
     assert again["texts"] == said["texts"]
+    louder = answer(capsys, "sample", map_run, "--num", 3, "--steps", 2, "--seed", 7, "--noise", 1)
+    assert (said["noise"], louder["noise"]) == (0.5, 1.0)
+    assert louder["texts"] != said["texts"]
+    assert "for the sampler renoise, not flow_map" in refused(
+        capsys, "sample", map_run, "--noise", 0.5, "--sampler", "flow_map"
+    )
+    assert "noise is a variance, at least 0, not -1" in refused(capsys, "sample", map_run, "--noise", -1)
     assert call("sample", map_run, "--num", 2, "--steps", 2, "--show-trajectory") == 0
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in out] == ["t", "t", "[1]", "[2]"]

@@ -161,7 +161,7 @@ def test_a_map_renoises_with_half_of_the_noise(map_: Run) -> None:
         ({"steps": 0}, "at least 1"),
         ({"batch": 0}, "at least 1"),
         ({"temperature": 0.0}, "above 0"),
-        ({"noise": -0.1}, "noise is a variance, at least 0"),
+        ({"noise": -0.1}, "noise is a variance, at least 0, not -0.1"),
         ({"noise": 0.5, "sampler": "flow_map"}, "for the sampler renoise, not flow_map"),
     ],
 )

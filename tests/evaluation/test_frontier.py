@@ -100,7 +100,14 @@ def test_rows_survive_the_file(tmp_path: Path) -> None:
 def test_a_row_is_known_by_everything_but_its_runs_name() -> None:
     one = row(1.0, 5.0, 3.0)
     assert key_of(replace(one, series="moved", forward_bits=9.0)) == key_of(one)
-    for change in ({"weights": "d"}, {"temperature": 0.9}, {"steps": 8}, {"sampler": "heun"}, {"batch": 8}):
+    for change in (
+        {"weights": "d"},
+        {"temperature": 0.9},
+        {"noise": 0.9},
+        {"steps": 8},
+        {"sampler": "heun"},
+        {"batch": 8},
+    ):
         assert key_of(replace(one, **change)) != key_of(one)
     for change in ({"num": 11}, {"num_texts": 3}, {"seed": 1}, {"judge": "gpt2"}, {"corpus": "d"}):
         assert key_of(replace(one, **change)) != key_of(one)
