@@ -137,9 +137,9 @@ def series(run: Run) -> str:
     return run.kind if run.baseline is not None else "map" if run.is_map else EULER
 
 
-def row_name(series: str, calls: int) -> str:
-    """The name of a row of samples."""
-    return f"{series}, {calls} calls"
+def row_name(of: str, calls: int) -> str:
+    """The name of a row of a series."""
+    return f"{of}, {calls} calls"
 
 
 def report_rows(run: Run, base: Run | None, calls: tuple[int, ...]) -> list[tuple[str, Run, int]]:
