@@ -100,9 +100,8 @@ def flow_map_step(
 def renoising(variance: float) -> Step:
     """Jump to the end, X_{s,1}, then back to t by fresh noise of `variance` times the path's.
 
-    At 1 that is eq. (13) with t' = 1 (multistep consistency sampling), which an exact map makes exact. A trained map's
-    second guess cannot join the positions that the noise has set apart again; less noise keeps more of what the first
-    has joined.
+    At 1 that is eq. (13) with t' = 1 (multistep consistency sampling), which an exact map makes exact. Less noise
+    leaves the path and keeps more of the first guess. Source: docs/maths.md (e).
     """
 
     def step(
@@ -156,8 +155,9 @@ jumps to the end, and its second guess gains little where the first was a guess 
 def few_step_variance(steps: int) -> float:
     """With which a map renoises in N steps: half of the path's, in more than four 1 - 2 / N.
 
-    Half makes text much likelier and no less varied in few steps, but every step costs a little variety, so what is
-    left out in all does not grow (docs/log.md, 2026-11-27).
+    Half makes text much likelier in few steps, at -4 to +2% of reverse bits, but every step costs a little variety: so
+    what is left out in all does not grow. Half was measured, the rule beyond only here and there (docs/log.md,
+    2026-11-27).
     """
     return max(0.5, 1 - 2 / steps)
 
