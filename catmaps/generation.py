@@ -62,9 +62,7 @@ class SamplingConfig:
 
     def variance(self, run: Run) -> float | None:
         """Of the noise that renoising adds, a share of the path's; None for the other samplers."""
-        if self.sampler != "renoise" or self.noise is not None:
-            return self.noise
-        return few_step_variance(self.steps) if run.config.published is None else 1.0
+        return renoising_variance(run, self.steps, self.noise) if self.sampler == "renoise" else None
 
     def step(self, run: Run) -> Step:
         """The sampler's step."""
@@ -88,6 +86,13 @@ class SamplingConfig:
         if self.top_p < 1:
             chosen = FlowMap(Nucleus(chosen, self.top_p))
         return FlowMap(chosen.denoiser, self.temperature)
+
+
+def renoising_variance(run: Run, steps: int, noise: float | None) -> float:
+    """What `noise`, as in SamplingConfig, means for a run in so many steps."""
+    if noise is not None:
+        return noise
+    return few_step_variance(steps) if run.config.published is None else 1.0
 
 
 def _noise(flow_map: FlowMap, shape: tuple[int, int, int], generator: Randomness) -> Float[Tensor, "b l v"] | Noise:

@@ -17,7 +17,6 @@ from common import record
 
 from catmaps.evaluation.collect import build_judge
 from catmaps.flow.refinement import Refine, refine
-from catmaps.flow.samplers import SAMPLERS
 from catmaps.generation import SamplingConfig, default_sampling, generate, generate_texts
 from catmaps.goals import default_steering, read_goal, steer
 from catmaps.model import Run, load_run
@@ -46,8 +45,9 @@ def best_of(run: Run, sampling: SamplingConfig, num: int, choices: int, measure:
 
 
 def refined(run: Run, tokens: torch.Tensor, how: Refine) -> list[str]:
-    times = default_sampling(run, 2).times(run)
-    done = refine(run.flow_map, how, SAMPLERS["renoise"], times, tokens.to(run.device), generator=run.generator(1))
+    config = default_sampling(run, 2)
+    step, times = config.step(run), config.times(run)
+    done = refine(run.flow_map, how, step, times, tokens.to(run.device), generator=run.generator(1))
     return [run.tokenizer.decode(row.numpy()) for row in done.cpu()]
 
 

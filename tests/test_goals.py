@@ -101,7 +101,12 @@ def test_given_text_stays_and_a_seed_gives_the_same_texts(map_: Run) -> None:
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], map_run: Path, base_run: Path) -> None:
-    for run, more in ((map_run, []), (base_run, ["--steps", "4"]), (map_run, ["--gradient", "--steps", "4", "--best"])):
+    for run, more, noise in (
+        (map_run, [], 0.75),
+        (map_run, ["--steps", "2", "--noise", "1"], 1.0),
+        (base_run, ["--steps", "4"], None),
+        (map_run, ["--gradient", "--steps", "4", "--best"], None),
+    ):
         capsys.readouterr()
         words = ["steer", str(run), "--reward", "contains:e", "--num", "3", "--particles", "4", *more]
         assert main([*words, "--json"]) == 0
@@ -109,6 +114,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], map_run: Path, base_run
         assert [len(text) for text in said["texts"]] == [16] * 3
         assert said["measures"] == [float("e" in text) for text in said["texts"]]
         assert len(said["least_effective_particles"]) == 3
+        assert said["noise"] == noise
     assert main(["steer", str(map_run), "--reward", "word-length:4", "--num", "1", "--infill", "a [[5]] mat"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("[1] a ")
@@ -122,6 +128,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str], map_run: Path, base_run
         (["--reward", "contains:a", "--num", "0"], "--num must be at least 1"),
         (["--reward", "contains:a", "--length", "17"], "the window of"),
         (["--reward", "contains:a", "--length", "3", "--infill", "[[2]]"], "--length is for texts without --infill"),
+        (["--reward", "contains:a", "--noise", "-1"], "noise is a variance, at least 0, not -1"),
+        (["--reward", "contains:a", "--gradient", "--noise", "1"], "noise is for the move renoise, not localisation"),
         (["--reward", "word-length:4", "--gradient"], "no differentiable reward"),
         (["--reward", "contains:abcdef", "--length", "3"], "cannot hold it"),
     ],

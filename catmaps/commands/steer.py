@@ -29,6 +29,8 @@ class Steer:
     """Per text; more are nearer to the tilted law."""
     steps: int | None = None
     """Steps of every particle; default: 8 for a map, 64 for a base or with a gradient."""
+    noise: float | None = None
+    """Of a map: variance of the noise that renoising adds, a share of the path's; default: as `catmaps sample`."""
     gradient: bool = False
     """Drift along the gradient of the reward (contains only)."""
     best: bool = False
@@ -62,7 +64,8 @@ class Steer:
             raise UserError(f"run {self.run_} is a {run.kind}: flows alone can be steered")
         goal = read_goal(self.reward, self.strength, run.tokenizer, lambda: _words(run))
         config = default_steering(run, goal, particles=self.particles, gradient=self.gradient)
-        config = replace(config, steps=self.steps or config.steps, seed=self.seed, batch=self.batch, best=self.best)
+        config = replace(config, noise=self.noise, seed=self.seed, batch=self.batch, best=self.best)
+        config = config if self.steps is None else replace(config, steps=self.steps)
         template = None if self.infill is None else Template.read(self.infill, run.tokenizer)
         began, texts, measures, effective = time.monotonic(), [], [], []
         for found in steer(run, config, self.num, length=self.length, template=template):
@@ -82,6 +85,7 @@ class Steer:
             "move": config.tilt.move,
             "particles": self.particles,
             "steps": config.steps,
+            "noise": config.variance(run),
             "seed": self.seed,
             "seconds": time.monotonic() - began,
             "texts": texts,

@@ -22,6 +22,7 @@ Source: docs/steering.md.
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -48,6 +49,8 @@ class Tilt:
     """Of one run, which gives one text."""
     move: Literal["renoise", "localisation"] = "renoise"
     """Sampler of the particles; its law is what is tilted. Renoising looks ahead for nothing: its jump is the look."""
+    noise: float = 1.0
+    """Variance of the noise that renoising adds, a share of the path's."""
     lookahead: Literal["map", "diagonal"] = "map"
     """X_{t,1} of a flow map, or the guess mu_{t,t} of a base."""
     trust: float = 1.0
@@ -62,6 +65,8 @@ class Tilt:
     def __post_init__(self) -> None:
         if self.particles < 1 or self.trust < 0:
             raise ValueError("a tilt needs at least 1 particle and trust >= 0")
+        if self.noise < 0 or (self.noise != 1 and self.move != "renoise"):
+            raise ValueError("noise is a variance, at least 0, and only renoising adds it")
         if self.relaxed is not None and self.move != "localisation":
             raise ValueError("only localisation drifts along a gradient: leave `relaxed` out, or move by localisation")
 
@@ -124,7 +129,7 @@ def tilt(
             swarm.weigh(seen**wanted.trust * look.value)
             if (index := swarm.renew(wanted.threshold, generator)) is not None:
                 state, look = state[index], look.of(index)  # rows of one run share their given text
-        step = _renoise if renoising else _localise
+        step = partial(_renoise, variance=wanted.noise) if renoising else _localise
         state, log_ratio = step(state, look, given.at(s, noise), given.at(t, noise), generator)
         swarm.correct(log_ratio)
     drawn = given.keep(state.x.argmax(-1))
@@ -199,12 +204,12 @@ def _with_gradient(function: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Te
 
 
 def _renoise(
-    state: State, look: _Look, s: Tensor, t: Tensor, generator: torch.Generator | None
+    state: State, look: _Look, s: Tensor, t: Tensor, generator: torch.Generator | None, *, variance: float
 ) -> tuple[State, Float[Tensor, "r"]]:
-    """Jump to the end and back to t, as `samplers.renoise_step`, from an endpoint that is known."""
+    """Jump to the end and back to t, as `samplers.renoising`, from an endpoint that is known."""
     clean = State(torch.where((s < 1)[..., None], look.log_mu.exp().to(state.x.dtype), state.x))
     noise = torch.randn(state.x.shape, generator=generator, dtype=state.x.dtype, device=state.x.device)
-    after = State(renoise(clean, torch.ones_like(t), t, noise).x)
+    after = State(renoise(clean, torch.ones_like(t), t, noise, variance).x)
     return after, state.x.new_zeros(len(state.x), dtype=torch.float64)
 
 

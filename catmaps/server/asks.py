@@ -119,7 +119,10 @@ def _settings(body: "CompletionRequest", run: Run, limits: Limits) -> Settings:
         raise ApiError(422, f"num_steps is at most {limits.steps}, not {config.steps}", param="num_steps")
     temperature = 1.0 if body.temperature is None else max(body.temperature, LEAST_TEMPERATURE)
     top_p = 1.0 if body.top_p is None else body.top_p
-    return Settings(body.sampler or config.sampler, config.steps, temperature, top_p)
+    sampler = body.sampler or config.sampler
+    if body.noise is not None and sampler != "renoise":
+        raise ApiError(422, f"noise is for the sampler renoise, not {sampler}", param="noise")
+    return Settings(sampler, config.steps, temperature, top_p, body.noise)
 
 
 def _stops(body: "CompletionRequest") -> tuple[str, ...]:

@@ -34,12 +34,11 @@ class Settings(NamedTuple):
     steps: int
     temperature: float
     top_p: float
+    noise: float | None = None
 
     @property
     def config(self) -> SamplingConfig:
-        return SamplingConfig(
-            sampler=self.sampler, steps=self.steps, temperature=self.temperature, top_p=self.top_p, batch=1
-        )
+        return SamplingConfig(**self._asdict(), batch=1)
 
 
 class Draft(NamedTuple):

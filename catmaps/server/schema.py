@@ -20,7 +20,7 @@ class StreamOptions(BaseModel):
 
 
 class CompletionRequest(BaseModel):
-    """OpenAI's completion request, with `num_steps`, `sampler`, `infill` and `trajectory` besides.
+    """OpenAI's completion request, with `num_steps`, `sampler`, `noise`, `infill` and `trajectory` besides.
 
     Null stands for what is left out. What OpenAI has and a flow has not is accepted at the value that means nothing.
     """
@@ -43,6 +43,7 @@ class CompletionRequest(BaseModel):
     stream_options: StreamOptions | None = None
     num_steps: int | None = Field(None, ge=1, description="Steps of the sampler; a map's 4, a base's 64.")
     sampler: Literal["renoise", "flow_map", "euler", "heun", "localisation"] | None = None
+    noise: float | None = Field(None, ge=0, le=2, description="Of renoise: variance it adds, a share of the path's.")
     trajectory: int | None = Field(None, ge=1, le=10, description="Alternatives to show of every step and position.")
     best_of: int | None = Field(None, ge=1)
     frequency_penalty: float | None = Field(None, ge=0, le=0)

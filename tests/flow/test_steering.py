@@ -16,7 +16,7 @@ from torch import Tensor
 from catmaps.flow import steering
 from catmaps.flow.flow_map import FlowMap
 from catmaps.flow.particles import Particles, Swarm
-from catmaps.flow.samplers import SAMPLERS, sample
+from catmaps.flow.samplers import SAMPLERS, renoising, sample
 from catmaps.flow.steering import Tilt, tilt
 from catmaps.flow.times import grid, warp
 
@@ -95,6 +95,17 @@ def test_four_particles_give_unbiased_estimates(drift: float | None, threshold: 
     assert abs(evidence.mean().item() - plain.mean().item()) < 4 * error
     assert error < 0.05 * plain.mean().item()
     assert distance(found, TILTED, by_evidence=True) < 0.05  # with five other seeds each: 0.006 to 0.025
+
+
+def test_one_particle_that_renoises_is_a_text_of_the_sampler() -> None:
+    """Whose noise it has: the law that many particles tilt is that sampler's."""
+    model, times, shape = ExactMap(JOINT, steps=4), grid(CLOCK, 3, 1 / 3), (500, 2, K)
+    found = {}
+    for noise in (1.0, 0.5):
+        drawn = sample(FlowMap(model), renoising(noise), times, shape, generator=seeded(1), dtype=torch.float64)
+        found[noise] = swarms(model, Tilt(reward=reward, particles=1, noise=noise), 500, steps=3).tokens[:, 0]
+        assert torch.equal(found[noise], drawn)
+    assert not torch.equal(found[1.0], found[0.5])
 
 
 def test_a_useless_look_ahead_costs_particles_and_no_bias() -> None:
@@ -246,6 +257,9 @@ def test_what_cannot_be_sought_is_refused() -> None:
         Tilt(reward=reward, particles=0)
     with pytest.raises(ValueError, match="only localisation"):
         Tilt(reward=reward, relaxed=relaxed)
+    for wanted, noise in ((ANCESTRAL, 0.5), (Tilt(reward=reward), -1.0)):
+        with pytest.raises(ValueError, match="noise is a variance"):
+            replace(wanted, noise=noise)
     known = torch.ones(1, 2, dtype=torch.bool)
     with pytest.raises(ValueError, match="together"):
         tilt(FlowMap(JOINT), Tilt(reward=reward), grid(CLOCK, 2), (1, 2, K), known=known)

@@ -84,7 +84,7 @@ def test_prompts_come_as_text_tokens_or_lists_of_them(server: Live) -> None:
     assert many[4] != many[0]  # a place of its own has random numbers of its own
 
 
-def test_steps_sampler_temperature_and_top_p_are_taken(server: Live) -> None:
+def test_what_shapes_a_text_is_taken(server: Live) -> None:
     def how(**body: object) -> tuple[int, str]:
         said = server.ask(prompt="the", max_tokens=8, seed=1, **body).json()
         return said["catmaps"]["network_calls"], said["catmaps"]["sampler"]
@@ -92,7 +92,14 @@ def test_steps_sampler_temperature_and_top_p_are_taken(server: Live) -> None:
     assert how() == (4, "renoise")
     assert how(num_steps=7) == (7, "renoise")
     assert how(num_steps=7, sampler="heun") == (13, "heun")
-    changes: list[dict[str, object]] = [{}, {"temperature": 0}, {"top_p": 0.2}, {"sampler": "euler"}, {"num_steps": 1}]
+    changes: list[dict[str, object]] = [
+        {},
+        {"temperature": 0},
+        {"top_p": 0.2},
+        {"sampler": "euler"},
+        {"num_steps": 1},
+        {"noise": 1},
+    ]
     assert len({server.texts(seed=1, max_tokens=16, **change)[0] for change in changes}) == len(changes)
 
 

@@ -176,6 +176,7 @@ def test_what_is_no_http_breaks_nothing(raw: bytes, server: Live) -> None:
         ({"n": 9}, 422, "9 texts in one request; at most 8"),
         ({"prompt": ["a"] * 9}, 422, "at most 8"),
         ({"best_of": 2}, 422, "best_of"),
+        ({"sampler": "euler", "noise": 0.5}, 422, "noise is for the sampler renoise, not euler"),
         ({"trajectory": 3, "stream": True}, 400, "trajectory"),
         ({"trajectory": 3, "max_tokens": 20}, 400, "trajectory"),
         ({"frequency_penalty": 0.5}, 422, "frequency_penalty"),
