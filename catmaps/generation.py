@@ -13,7 +13,7 @@ from catmaps.flow.flow_map import FlowMap
 from catmaps.flow.guidance import Guided, Nucleus, Unprompted
 from catmaps.flow.interpolant import gaussian
 from catmaps.flow.noise import Noise, Randomness, Streams
-from catmaps.flow.samplers import BENDS, SAMPLERS, Step, few_step_variance, renoising, sample
+from catmaps.flow.samplers import SAMPLERS, Step, few_step_variance, renoise_bend, renoising, sample
 from catmaps.flow.times import grid
 from catmaps.model import Run
 
@@ -30,7 +30,8 @@ class SamplingConfig:
     """One of renoise, flow_map, euler, heun, localisation; ancestral for baselines."""
     seed: int = 0
     temperature: float = 1.0
-    """Divides the logits and multiplies the variance of the first noise; below 1 is cleaner and less diverse."""
+    """Multiplies the variance of the first noise and, but for renoise, divides the logits; below 1 is cleaner and less
+    diverse."""
     noise: float | None = None
     """Variance of the noise that renoise adds, a share of the path's: 1 is eq. (13), below it texts are likelier and in
     the end less diverse. None: 0.5, in N > 4 steps 1 - 2 / N, and 1 for imported maps."""
@@ -57,12 +58,15 @@ class SamplingConfig:
 
     def times(self, run: Run) -> Float[Tensor, "n"]:
         """The sampler's grid on the run's clock."""
-        bend = 1.0 if run.config.published is not None else BENDS.get(self.sampler, 1.0)
-        return grid(run.clock, self.steps, bend)
+        variance = self.variance(run)
+        plain = variance is None or run.config.published is not None
+        return grid(run.clock, self.steps, 1.0 if plain else renoise_bend(variance))
 
     def variance(self, run: Run) -> float | None:
         """Of the noise that renoising adds, a share of the path's; None for the other samplers."""
-        return renoising_variance(run, self.steps, self.noise) if self.sampler == "renoise" else None
+        if self.sampler != "renoise" or self.noise is not None:
+            return self.noise
+        return few_step_variance(self.steps) if run.config.published is None else 1.0
 
     def step(self, run: Run) -> Step:
         """The sampler's step."""
@@ -85,14 +89,8 @@ class SamplingConfig:
             chosen = FlowMap(Guided(chosen, weak, self.guidance))
         if self.top_p < 1:
             chosen = FlowMap(Nucleus(chosen, self.top_p))
-        return FlowMap(chosen.denoiser, self.temperature)
-
-
-def renoising_variance(run: Run, steps: int, noise: float | None) -> float:
-    """What `noise`, as in SamplingConfig, means for a run in so many steps."""
-    if noise is not None:
-        return noise
-    return few_step_variance(steps) if run.config.published is None else 1.0
+        # A sharper guess is harder to mend in the next jump: less noise at first is all that renoising wants.
+        return FlowMap(chosen.denoiser, 1.0 if self.sampler == "renoise" else self.temperature)
 
 
 def _noise(flow_map: FlowMap, shape: tuple[int, int, int], generator: Randomness) -> Float[Tensor, "b l v"] | Noise:
@@ -216,7 +214,15 @@ def draw(
     flow_map, times = config.flow_map(run, shape, known, generator), config.times(run)
     whole = (*shape, run.tokenizer.vocab_size)
     return sample(
-        flow_map, config.step(run), times, whole, tokens=tokens, known=known, generator=generator, watch=watch
+        flow_map,
+        config.step(run),
+        times,
+        whole,
+        tokens=tokens,
+        known=known,
+        generator=generator,
+        watch=watch,
+        variance=config.temperature,
     )
 
 

@@ -15,10 +15,8 @@ from torch import Tensor
 
 from catmaps.errors import UserError
 from catmaps.flow.particles import Particles
-from catmaps.flow.samplers import BENDS
 from catmaps.flow.steering import RelaxedReward, Reward, Tilt, tilt
-from catmaps.flow.times import grid
-from catmaps.generation import renoising_variance
+from catmaps.generation import SamplingConfig
 from catmaps.infill import Template, encode
 from catmaps.model import Run
 from catmaps.text.tokenizers import Tokenizer
@@ -141,19 +139,17 @@ class SteeringConfig:
     batch: int = 64
     """Particles that move together; at least those of one text. Part of what a seed means."""
     noise: float | None = None
-    """Variance of the noise that renoising adds, as in SamplingConfig."""
+    """Of `sampling`."""
     best: bool = False
     """Take the particle of highest reward instead of a draw by weight."""
 
     def __post_init__(self) -> None:
-        if self.noise is not None and self.tilt.move != "renoise":
-            raise UserError(f"noise is for the move renoise, not {self.tilt.move}")
-        if self.noise is not None and self.noise < 0:
-            raise UserError(f"noise is a variance, at least 0, not {self.noise:g}")
+        _ = self.sampling  # refuses what sampling refuses
 
-    def variance(self, run: Run) -> float | None:
-        """Of the noise that renoising adds, as the run is sampled, whose law is tilted; None for the other move."""
-        return renoising_variance(run, self.steps, self.noise) if self.tilt.move == "renoise" else None
+    @property
+    def sampling(self) -> SamplingConfig:
+        """The sampler of the particles, whose law is tilted."""
+        return SamplingConfig(sampler=self.tilt.move, steps=self.steps, noise=self.noise)
 
 
 def default_steering(run: Run, goal: Goal, *, particles: int = 16, gradient: bool = False) -> SteeringConfig:
@@ -190,9 +186,8 @@ def steer(
     length = len(template.tokens) if template is not None else length or window
     if length > window:
         raise UserError(f"the text has {length} tokens; the window of {run.path} holds {window}")
-    wanted, times = config.tilt, grid(run.clock, config.steps, BENDS.get(config.tilt.move, 1.0))
-    if (variance := config.variance(run)) is not None:
-        wanted = replace(wanted, noise=variance)
+    variance, times = config.sampling.variance(run), config.sampling.times(run)
+    wanted = config.tilt if variance is None else replace(config.tilt, noise=variance)
     together = max(1, config.batch // config.tilt.particles)
     for first in range(0, num, together):
         rows = min(together, num - first)

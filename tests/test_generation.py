@@ -93,12 +93,15 @@ def test_calls_are_what_the_configuration_says(map_: Run, calls: list[int]) -> N
         assert set(calls) == {4}
 
 
-def test_renoising_comes_back_late_and_other_samplers_step_evenly(map_: Run) -> None:
+def test_renoising_comes_back_late_with_all_of_the_noise_latest(map_: Run) -> None:
+    """Other samplers step evenly on the clock."""
     even = torch.tensor([0, 0.25, 0.5, 0.75, 1], dtype=torch.float64)
-    for sampler in SAMPLERS:
-        times = SamplingConfig(steps=4, sampler=sampler).times(map_)
-        expected = even ** (1 / 3) if sampler == "renoise" else even
-        torch.testing.assert_close(map_.clock.cdf(times.double()), expected, rtol=0, atol=1e-6)
+    renoised = {None: 1 / 2, 1.0: 1 / 3, 0.5: 1 / 2, 0.0: 1.0}
+    cases = [("renoise", noise, bend) for noise, bend in renoised.items()]
+    cases += [(sampler, None, 1.0) for sampler in SAMPLERS if sampler != "renoise"]
+    for sampler, noise, bend in cases:
+        times = SamplingConfig(steps=4, sampler=sampler, noise=noise).times(map_)
+        torch.testing.assert_close(map_.clock.cdf(times.double()), even**bend, rtol=0, atol=1e-6)
 
 
 def test_a_map_jumps_and_a_base_is_followed(base: Run, map_: Run) -> None:
@@ -139,6 +142,12 @@ def test_temperature_scales_the_variance_of_the_first_noise(map_: Run) -> None:
         for temperature in (1.0, 0.25):
             list(generate(map_, 2, SamplingConfig(steps=1, temperature=temperature)))
     torch.testing.assert_close(seen[1], seen[0] / 2)
+
+
+@pytest.mark.parametrize(("sampler", "divided"), [("renoise", 1.0), ("flow_map", 0.25), ("euler", 0.25)])
+def test_temperature_divides_logits_but_for_renoising(sampler: str, divided: float, map_: Run) -> None:
+    config = SamplingConfig(sampler=sampler, temperature=0.25)
+    assert config.flow_map(map_, (1, 16), None, map_.generator(0)).temperature == divided
 
 
 def test_a_map_renoises_with_half_of_the_noise(map_: Run) -> None:

@@ -129,7 +129,10 @@ def test_the_command(capsys: pytest.CaptureFixture[str], map_run: Path, base_run
         (["--reward", "contains:a", "--length", "17"], "the window of"),
         (["--reward", "contains:a", "--length", "3", "--infill", "[[2]]"], "--length is for texts without --infill"),
         (["--reward", "contains:a", "--noise", "-1"], "noise is a variance, at least 0, not -1"),
-        (["--reward", "contains:a", "--gradient", "--noise", "1"], "noise is for the move renoise, not localisation"),
+        (
+            ["--reward", "contains:a", "--gradient", "--noise", "1"],
+            "noise is for the sampler renoise, not local",
+        ),
         (["--reward", "word-length:4", "--gradient"], "no differentiable reward"),
         (["--reward", "contains:abcdef", "--length", "3"], "cannot hold it"),
     ],

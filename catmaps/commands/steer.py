@@ -85,7 +85,7 @@ class Steer:
             "move": config.tilt.move,
             "particles": self.particles,
             "steps": config.steps,
-            "noise": config.variance(run),
+            "noise": config.sampling.variance(run),
             "seed": self.seed,
             "seconds": time.monotonic() - began,
             "texts": texts,

@@ -147,9 +147,16 @@ SAMPLERS: dict[str, Step] = {
     "renoise": renoise_step,
     "localisation": localisation,
 }
-BENDS = {"renoise": 1 / 3}
-"""Times of N steps stand at (i / N)^bend of the clock; 1 where nothing else was measured to be better. Renoising always
-jumps to the end, and its second guess gains little where the first was a guess as well: it comes back late."""
+
+
+def renoise_bend(variance: float) -> float:
+    """Renoising in N steps goes back to (i / N)^bend of the clock; other samplers stand at i / N of it.
+
+    It always jumps to the end, and its second guess gains little where the first was a guess as well: it comes back
+    late. Less noise hides less, so that it may go back further. A third was measured for all of the noise and a half
+    for half of it (docs/log.md, 2026-11-24 and 2026-11-27); what is between is by this formula.
+    """
+    return 1 / (1 + 2 * variance)
 
 
 def few_step_variance(steps: int) -> float:
@@ -173,13 +180,13 @@ def sample(
     known: Bool[Tensor, "b l"] | None = None,
     generator: Randomness | None = None,
     watch: Watch | None = None,
+    variance: float = 1.0,
     dtype: torch.dtype = torch.float32,
 ) -> Int[Tensor, "b l"]:
     """Draws noise and carries it to text.
 
     Args:
-        flow_map: The model. Its temperature, which divides the logits, also multiplies the variance of the first noise:
-            in a single call the likeliest tokens are the same at any division of the logits.
+        flow_map: The model.
         step: One of SAMPLERS.
         times: 0 = t_0 < ... < t_N = 1 (`times.grid`): N steps.
         shape: (B, L, V).
@@ -187,6 +194,8 @@ def sample(
         known: Positions held clean at time 1 throughout.
         generator: Source of randomness; the global one if None. With `RowStreams` a text depends on its own row alone.
         watch: Called after every step with (t, endpoint); for pictures of the trajectory. What it sees is made whole.
+        variance: Of the first noise; below 1 texts are likelier and less diverse, in a single call too, whose likeliest
+            tokens no temperature of the model changes.
         dtype: Of the state; fp32, or fp64 for tests.
 
     Returns:
@@ -200,14 +209,16 @@ def sample(
     batch, length, vocab_size = shape
     rows = batch if watch is not None else rows_at_once(flow_map, shape)
     if rows >= batch:
-        return _carry(flow_map, step, times, shape, (tokens, known), generator, watch, dtype)
+        first = _pure_noise(flow_map, shape, len(times) - 1, generator, dtype, variance)
+        return _carry(flow_map, step, times, first, (tokens, known), generator, watch)
     device = generator.device if isinstance(generator, torch.Generator) else None
     shared, done = Shared(generator, batch, device), []
     for start in range(0, batch, rows):
         some = slice(start, min(start + rows, batch))
         given = [None if part is None else part[some] for part in (tokens, known)]
-        few = (some.stop - start, length, vocab_size)
-        done.append(_carry(flow_map.rows(some), step, times, few, given, shared.rows(some), None, dtype))
+        few, own, streams = (some.stop - start, length, vocab_size), flow_map.rows(some), shared.rows(some)
+        first = _pure_noise(own, few, len(times) - 1, streams, dtype, variance)
+        done.append(_carry(own, step, times, first, given, streams, None))
     return torch.cat(done)
 
 
@@ -225,15 +236,14 @@ def _carry(
     flow_map: FlowMap,
     step: Step,
     times: Tensor,
-    shape: tuple[int, int, int],
+    first: AnyState,
     given: Sequence[Tensor | None],
     generator: Randomness | None,
     watch: Watch | None,
-    dtype: torch.dtype,
 ) -> Tensor:
-    """`sample` of texts that are carried together; `given` = (tokens, known)."""
+    """`sample` of texts that are carried together from their `first` state; `given` = (tokens, known)."""
     tokens, known = given
-    state = clamp_known(_pure_noise(flow_map, shape, len(times) - 1, generator, dtype), tokens, known)
+    state = clamp_known(first, tokens, known)
     for s, t in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
         at = (_times_at(time, state, known) for time in (s, t))
         state, mu = step(flow_map, state, *at, generator)
@@ -249,10 +259,15 @@ UNHELD_STEPS = 8  # a state that is not held is made again from all endpoints so
 
 
 def _pure_noise(
-    flow_map: FlowMap, shape: tuple[int, int, int], steps: int, generator: Randomness | None, dtype: torch.dtype
+    flow_map: FlowMap,
+    shape: tuple[int, int, int],
+    steps: int,
+    generator: Randomness | None,
+    dtype: torch.dtype,
+    variance: float,
 ) -> AnyState:
     """Where sampling starts: noise, not held if it exceeds a tile and few steps follow, or if only x W is ever seen."""
-    spread = flow_map.temperature**0.5
+    spread = variance**0.5
     noise = flow_map.random_noise(shape[:2], generator, dtype)
     if isinstance(noise, Tensor):
         return State(noise * spread)

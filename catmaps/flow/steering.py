@@ -117,7 +117,7 @@ def tilt(
         raise ValueError("tilt needs `tokens` and `known` together")
     runs, size = shape[0], wanted.particles
     given = Given(*(None if rows is None else rows.repeat_interleave(size, 0) for rows in (tokens, known)))
-    noise = gaussian((runs * size, *shape[1:]), generator, dtype).x * flow_map.temperature**0.5
+    noise = gaussian((runs * size, *shape[1:]), generator, dtype).x
     state, swarm = State(clamp_known(State(noise), *given).x), Swarm(runs, size, noise.device)
     renoising = wanted.move == "renoise"
     for s, t in itertools.pairwise(times.tolist()):
