@@ -59,8 +59,9 @@ class SamplingConfig:
     def times(self, run: Run) -> Float[Tensor, "n"]:
         """The sampler's grid on the run's clock."""
         variance = self.variance(run)
-        plain = variance is None or run.config.published is not None
-        return grid(run.clock, self.steps, 1.0 if plain else renoise_bend(variance))
+        if variance is None or run.config.published is not None:
+            return grid(run.clock, self.steps)
+        return grid(run.clock, self.steps, renoise_bend(variance))
 
     def variance(self, run: Run) -> float | None:
         """Of the noise that renoising adds, a share of the path's; None for the other samplers."""
