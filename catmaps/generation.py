@@ -58,10 +58,12 @@ class SamplingConfig:
 
     def times(self, run: Run) -> Float[Tensor, "n"]:
         """The sampler's grid on the run's clock."""
+        return grid(run.clock, self.steps, self.bend(run))
+
+    def bend(self, run: Run) -> float:
+        """Of N steps the times stand at (i / N)^bend of the clock."""
         variance = self.variance(run)
-        if variance is None or run.config.published is not None:
-            return grid(run.clock, self.steps)
-        return grid(run.clock, self.steps, renoise_bend(variance))
+        return 1.0 if variance is None or run.config.published is not None else renoise_bend(variance)
 
     def variance(self, run: Run) -> float | None:
         """Of the noise that renoising adds, a share of the path's; None for the other samplers."""
@@ -90,7 +92,7 @@ class SamplingConfig:
             chosen = FlowMap(Guided(chosen, weak, self.guidance))
         if self.top_p < 1:
             chosen = FlowMap(Nucleus(chosen, self.top_p))
-        # A sharper guess is harder to mend in the next jump: less noise at first is all that renoising wants.
+        # With as little first noise, divided logits make renoised texts worse in every figure (docs/log.md).
         return FlowMap(chosen.denoiser, 1.0 if self.sampler == "renoise" else self.temperature)
 
 

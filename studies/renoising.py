@@ -13,12 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from common import in_parallel, record
-from torch import Tensor
 
 from catmaps.evaluation.collect import build_judge, judge_length
 from catmaps.evaluation.quality import draw_chunks, evenly, quality
 from catmaps.flow.flow_map import FlowMap
-from catmaps.flow.times import grid
 from catmaps.generation import SamplingConfig, generate_texts
 from catmaps.model import Run, load_run
 from catmaps.training.train import cache_folder, find_shards
@@ -51,8 +49,8 @@ class Varied(SamplingConfig):
 
     how: How
 
-    def times(self, run: Run) -> Tensor:
-        return super().times(run) if self.how.bend is None else grid(run.clock, self.steps, self.how.bend)
+    def bend(self, run: Run) -> float:
+        return super().bend(run) if self.how.bend is None else self.how.bend
 
     def flow_map(self, *given: Any) -> FlowMap:
         chosen = super().flow_map(*given)

@@ -32,7 +32,8 @@ class Sample:
     seed: int = 0
     sampler: Literal["flow_map", "euler", "heun", "renoise", "localisation"] | None = None
     temperature: float = 1.0
-    """Divides the logits and multiplies the variance of the first noise: below 1 is cleaner and less diverse."""
+    """Multiplies the variance of the first noise and, but for renoise, divides the logits: below 1 is cleaner and less
+    diverse."""
     noise: float | None = None
     """Variance of the noise that renoise adds, 1 being the path's: below, texts are likelier and in the end less
     diverse. Default: 0.5, in N > 4 steps 1 - 2 / N; 1 for imported maps."""

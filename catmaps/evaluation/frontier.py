@@ -151,7 +151,9 @@ def run_tasks(
         for temperature in temperatures:
             config = replace(way, temperature=temperature, seed=setting.seed)
             made = {"weights": weights, "sampler": way.sampler, "steps": way.steps, "batch": way.batch}
-            key = replace(setting.key(name), **made, temperature=temperature, noise=way.variance(run))
+            key = replace(
+                setting.key(name), **made, temperature=temperature, noise=way.variance(run), bend=way.bend(run)
+            )
             tasks.append(Task(key, config.calls, lambda config=config: draw(config)))
     return tasks
 

@@ -19,8 +19,8 @@ class RowKey:
     """What makes a row: two rows of one key would be the same texts.
 
     `weights` is the beginning of the SHA-256 of a run's weights, `corpus` of its data's manifest; controls have no
-    weights, sampler, steps, temperature, noise and batch; `noise` is the variance that renoise adds, a share
-    of the path's. `judge` is a causal judge's id, or empty.
+    weights, sampler, steps, temperature, noise, bend and batch; `noise` is the variance that renoise adds, a share
+    of the path's, and times stand at (i / N)^`bend` of the clock. `judge` is a causal judge's id, or empty.
     `version` is that of catmaps: a sampler may change with it.
     """
 
@@ -30,6 +30,7 @@ class RowKey:
     steps: int = 0
     temperature: float | None = None
     noise: float | None = None
+    bend: float | None = None
     num: int
     num_texts: int
     batch: int = 0

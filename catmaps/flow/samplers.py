@@ -153,8 +153,8 @@ def renoise_bend(variance: float) -> float:
     """Renoising in N steps goes back to (i / N)^bend of the clock; other samplers stand at i / N of it.
 
     It always jumps to the end, and its second guess gains little where the first was a guess as well: it comes back
-    late. Less noise hides less, so that it may go back further. A third was measured for all of the noise and a half
-    for half of it (docs/log.md, 2026-11-24 and 2026-11-27); what is between is by this formula.
+    late. Less noise hides less, and it may go back further. A third was measured for all of the noise and a half for
+    half of it (docs/log.md, 2026-11-24 and 2026-11-27); between them the formula is a guess.
     """
     return 1 / (1 + 2 * variance)
 
