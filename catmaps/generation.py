@@ -92,7 +92,7 @@ class SamplingConfig:
             chosen = FlowMap(Guided(chosen, weak, self.guidance))
         if self.top_p < 1:
             chosen = FlowMap(Nucleus(chosen, self.top_p))
-        # With as little first noise, divided logits make renoised texts worse in every figure (docs/log.md).
+        # Dividing logits as well makes renoised texts less likely and no more varied (docs/log.md).
         return FlowMap(chosen.denoiser, 1.0 if self.sampler == "renoise" else self.temperature)
 
 
