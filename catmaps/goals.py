@@ -139,7 +139,7 @@ class SteeringConfig:
     batch: int = 64
     """Particles that move together; at least those of one text. Part of what a seed means."""
     noise: float | None = None
-    """Of `sampling`."""
+    """Variance of the noise that renoising adds, as in SamplingConfig."""
     best: bool = False
     """Take the particle of highest reward instead of a draw by weight."""
 
