@@ -219,7 +219,7 @@ def test_sample_looks_at_endpoints_only_where_they_are_shown(monkeypatch: pytest
     from catmaps.flow import samplers
 
     seen, carry = [], samplers._carry
-    monkeypatch.setattr(samplers, "_carry", lambda *given: (seen.append(given[-2] is not None), carry(*given))[1])
+    monkeypatch.setattr(samplers, "_carry", lambda *given: (seen.append(given[-1] is not None), carry(*given))[1])
     assert call("sample", map_run, "--num", 2) == 0
     assert call("sample", map_run, "--num", 2, "--show-trajectory") == 0
     assert seen == [False, True]
