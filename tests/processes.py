@@ -1,6 +1,8 @@
 """Runs a function in several local processes, as torchrun would start them."""
 
+import contextlib
 import os
+import random
 import socket
 import time
 from collections.abc import Callable
@@ -33,9 +35,12 @@ def run(function: Callable[..., None], processes: int, *args: Any, seconds: floa
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Below the ports that systems give to outgoing connections: of those, another test takes one before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _child(rank: int, function: Callable[..., None], processes: int, port: int, args: tuple[Any, ...]) -> None:
