@@ -64,8 +64,8 @@ class Steer:
             raise UserError(f"run {self.run_} is a {run.kind}: flows alone can be steered")
         goal = read_goal(self.reward, self.strength, run.tokenizer, lambda: _words(run))
         config = default_steering(run, goal, particles=self.particles, gradient=self.gradient)
-        config = replace(config, noise=self.noise, seed=self.seed, batch=self.batch, best=self.best)
-        config = config if self.steps is None else replace(config, steps=self.steps)
+        own = {"noise": self.noise, "seed": self.seed, "batch": self.batch, "best": self.best}
+        config = replace(config, steps=self.steps or config.steps, **own)
         template = None if self.infill is None else Template.read(self.infill, run.tokenizer)
         began, texts, measures, effective = time.monotonic(), [], [], []
         for found in steer(run, config, self.num, length=self.length, template=template):

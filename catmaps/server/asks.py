@@ -119,10 +119,12 @@ def _settings(body: "CompletionRequest", run: Run, limits: Limits) -> Settings:
         raise ApiError(422, f"num_steps is at most {limits.steps}, not {config.steps}", param="num_steps")
     temperature = 1.0 if body.temperature is None else max(body.temperature, LEAST_TEMPERATURE)
     top_p = 1.0 if body.top_p is None else body.top_p
-    sampler = body.sampler or config.sampler
-    if body.noise is not None and sampler != "renoise":
-        raise ApiError(422, f"noise is for the sampler renoise, not {sampler}", param="noise")
-    return Settings(sampler, config.steps, temperature, top_p, body.noise)
+    settings = Settings(body.sampler or config.sampler, config.steps, temperature, top_p, body.noise)
+    try:
+        _ = settings.config
+    except UserError as error:  # the schema has seen to all but the noise of other samplers
+        raise ApiError(422, str(error), param="noise") from error
+    return settings
 
 
 def _stops(body: "CompletionRequest") -> tuple[str, ...]:
